@@ -1,0 +1,130 @@
+"""The dimensions of a model that is not shipped as facts, read from its transformers config.
+
+Works on the attributes of a config object alone, so neither torch nor transformers is imported here.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from pruneval.harness.dimensions import Decoder, Dimensions, Input, Projector, Vision
+from pruneval.harness.errors import UserError
+
+FAMILIES = ("internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_5_vl", "video_llava")
+
+
+def dimensions_of(config: Any, name: str | None = None) -> Dimensions:
+    """Read the dimensions off a transformers config.
+
+    Args:
+        config: the config of a whole multimodal model, such as `model.config`.
+        name: what to call the model; its family if not given.
+    """
+    family = config.model_type
+    if family not in FAMILIES:
+        raise UserError(f"no cost model for the family {family!r}; known: {', '.join(FAMILIES)}")
+    tower = config.vision_config
+    decoder = _decoder(config)
+    vision = _qwen(tower) if family == "qwen2_5_vl" else _internvit(tower) if family == "internvl" else _vit(tower)
+    common = {"name": name or family, "family": family, "vision": vision, "decoder": decoder}
+    full = vision.patches + vision.class_tokens
+    if family == "qwen2_5_vl":
+        merge = tower.spatial_merge_size**2
+        projector = Projector(vision.hidden * merge, vision.hidden * merge, decoder.hidden, vision.hidden, merge)
+        side = tower.spatial_merge_size
+        return Dimensions(**common, projector=projector, input=Input(grid=(1, 16 * side, 16 * side)))
+    if family == "internvl":
+        merge = round(1 / config.downsample_ratio**2)
+        projector = Projector(vision.hidden * merge, decoder.hidden, decoder.hidden, 2 * vision.hidden * merge, merge)
+        per = vision.patches // merge
+        return Dimensions(**common, projector=projector, tile=(per, per), frame=(per, per), input=Input(tiles=1))
+    projector = Projector(vision.hidden, decoder.hidden, decoder.hidden)
+    per = vision.patches if config.vision_feature_select_strategy == "default" else full
+    common |= {"projector": projector, "input": Input(tiles=1), "tile": (per, per)}
+    if family == "llava_onevision":
+        side = -(-int(vision.patches**0.5) // 2)
+        return Dimensions(**common, newline=True, frame=(side * side, per), frame_extra=1)
+    if family == "llava_next_video":
+        side = int(vision.patches**0.5) // config.spatial_pool_stride
+        return Dimensions(**common, newline=True, frame=(side * side, side * side))
+    if family == "video_llava":
+        return Dimensions(**common, towers=2, frame=(full, full))
+    return Dimensions(**common, newline=family == "llava_next")
+
+
+def _decoder(config: Any) -> Decoder:
+    text = config.text_config
+    return Decoder(
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        mlp=text.intermediate_size,
+        vocab=text.vocab_size,
+        qkv_bias=text.model_type.startswith("qwen2"),
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def _vit(tower: Any) -> Vision:
+    """CLIP (a class token, norms on both ends) or SigLIP (neither, and a bias on the patches)."""
+    clip = tower.model_type.startswith("clip")
+    patches = (tower.image_size // tower.patch_size) ** 2
+    return Vision(
+        layers=tower.num_hidden_layers,
+        hidden=tower.hidden_size,
+        heads=tower.num_attention_heads,
+        head_dim=tower.hidden_size // tower.num_attention_heads,
+        mlp=tower.intermediate_size,
+        patch_values=tower.num_channels * tower.patch_size**2,
+        patches=patches,
+        class_tokens=int(clip),
+        positions=patches + clip,
+        patch_bias=not clip,
+        pre_norm=clip,
+        final_norm=True,
+    )
+
+
+def _internvit(tower: Any) -> Vision:
+    patch, image = _pair(tower.patch_size), _pair(tower.image_size)
+    patches = prod(side // cut for side, cut in zip(image, patch, strict=True))
+    return Vision(
+        layers=tower.num_hidden_layers,
+        hidden=tower.hidden_size,
+        heads=tower.num_attention_heads,
+        head_dim=tower.hidden_size // tower.num_attention_heads,
+        mlp=tower.intermediate_size,
+        patch_values=tower.num_channels * prod(patch),
+        patches=patches,
+        class_tokens=1,
+        norm="rms" if tower.norm_type == "rms_norm" else "layer",
+        qkv_bias=tower.attention_bias,
+        qk_norm=tower.use_qk_norm,
+        layer_scale=True,
+        patch_bias=True,
+        positions=patches + 1 if tower.use_absolute_position_embeddings else 0,
+        final_norm=not tower.use_mean_pooling,
+    )
+
+
+def _qwen(tower: Any) -> Vision:
+    return Vision(
+        layers=tower.depth,
+        hidden=tower.hidden_size,
+        heads=tower.num_heads,
+        head_dim=tower.hidden_size // tower.num_heads,
+        mlp=tower.intermediate_size,
+        gated=True,
+        patch_values=tower.in_channels * tower.temporal_patch_size * tower.patch_size**2,
+        patches=0,
+        norm="rms",
+        window=tower.window_size // tower.patch_size,
+        full_layers=tuple(tower.fullatt_block_indexes),
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
