@@ -1,4 +1,4 @@
-"""The one error a user sees: a single clear line, exit code 2."""
+"""The errors that cross the rooms: what a user sees, and a sample that could not be answered."""
 
 from __future__ import annotations
 
@@ -8,6 +8,23 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input. The message is one line that says what is wrong and what would be right."""
+
+
+class SampleFailure(Exception):
+    """One request could not be answered, so its cell has no score.
+
+    Args:
+        key: the request, as "<task>/<doc id>".
+        message: what went wrong, in one line.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(key, message)
+        self.key = key
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"sample {self.key}: {self.message}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
