@@ -63,7 +63,9 @@ class Vision:
     def params(self) -> int:
         """Parameters, biases and norms included."""
         norm = self.hidden * (2 if self.norm == "layer" else 1)
-        biases = self.hidden + self.hidden + self.mlp * (2 if self.gated else 1) + (3 * self.width if self.qkv_bias else 0)
+        biases = (
+            self.hidden + self.hidden + self.mlp * (2 if self.gated else 1) + (3 * self.width if self.qkv_bias else 0)
+        )
         extras = 2 * norm + (2 * self.hidden if self.layer_scale else 0) + (2 * self.width if self.qk_norm else 0)
         outside = self.patch_values * self.hidden + (self.hidden if self.patch_bias else 0)
         outside += (self.positions + self.class_tokens) * self.hidden + norm * (self.pre_norm + self.final_norm)

@@ -183,7 +183,9 @@ def lengths_of(
     )
 
 
-def _by_tile(dimensions: Dimensions, tiles: int | None, frames: int | None, visual: int | None) -> tuple[int, tuple[Groups, ...], int, int]:
+def _by_tile(
+    dimensions: Dimensions, tiles: int | None, frames: int | None, visual: int | None
+) -> tuple[int, tuple[Groups, ...], int, int]:
     """Patches, vision lengths, projector tokens and visual tokens of a picture that is cut into equal tiles or frames."""
     if tiles is not None and frames is not None:
         raise UserError("an input has tiles or frames, not both")
