@@ -1,6 +1,7 @@
 """What papers print as "TFLOPs": named sums over the ledger, each with the list of what it leaves out.
 
-A convention is one small object. It never sees a method; it sees a model's dimensions, the lengths of one sample and their ledger.
+A convention is one small object. It never sees a method; it sees a model's dimensions, the lengths of one sample and
+their ledger. All of them are about the prefill; decoding is a number of its own.
 """
 
 from __future__ import annotations
@@ -84,39 +85,68 @@ def _gated(dimensions: Dimensions, tokens: tuple[int, ...]) -> int:
 
 _GSEARCH = ("patch_embedding", "vision_linear", "projector", "llm_linear", "llm_attention_square", "head_all")
 _ALL = ("patch_embedding", "vision_linear", "vision_attention", "projector", "helpers", "scoring", "llm_linear")
+_GQA = "grouped-query attention (keys and values count in full)"
 _FORMULA = ("vision tower", "projector", "output layer", "the method's own scores", "helper models", "decode")
 
 CONVENTIONS = {
     convention.name: convention
     for convention in (
-        Convention("gsearch", "2 x MAC as in G-Search's tables (calflops, eager kernel), prefill", 2, _GSEARCH, notes=("decode",)),
-        Convention("macs", "MAC over the same parts as gsearch, prefill", 1, _GSEARCH, notes=("decode",)),
         Convention(
-            "fastv", "FastV: sum over layers of 4nd^2 + 2n^2d + 2ndm, n visual tokens", 1, formula=lambda d, n: _fastv(d, n),
-            notes=("text tokens", "the third matrix of a gated feed-forward network", "grouped-query attention (keys and values count in full)", *_FORMULA),
+            "gsearch",
+            "2 x MAC as in G-Search's tables (calflops, eager kernel), prefill",
+            2,
+            _GSEARCH,
+            notes=("decode (in decode_tflops)",),
         ),
         Convention(
-            "pdrop", "PyramidDrop: sum over layers of 4nd^2 + 2n^2d + 3ndm, n visual tokens", 1, formula=lambda d, n: _gated(d, n.visual),
-            notes=("text tokens", "grouped-query attention (keys and values count in full)", *_FORMULA),
+            "macs", "MAC over the same parts as gsearch, prefill", 1, _GSEARCH, notes=("decode (in decode_tflops)",)
         ),
         Convention(
-            "sparsevlm", "SparseVLM: sum over layers of 4nd^2 + 2n^2d + 3ndm, n all tokens", 1, formula=lambda d, n: _gated(d, n.llm),
-            notes=("grouped-query attention (keys and values count in full)", *_FORMULA),
+            "fastv",
+            "FastV: sum over layers of 4nd^2 + 2n^2d + 2ndm, n visual tokens",
+            1,
+            formula=_fastv,
+            notes=("text tokens", "the third matrix of a gated feed-forward network", _GQA, *_FORMULA),
         ),
         Convention(
-            "true", "2 x MAC of all that runs with a fused kernel: causal half of the attention, output layer on the last token, prefill", 2,
-            (*_ALL, "llm_attention_causal", "head_last"), whole_params=True, notes=("decode (in decode_tflops)",),
+            "pdrop",
+            "PyramidDrop: sum over layers of 4nd^2 + 2n^2d + 3ndm, n visual tokens",
+            1,
+            formula=lambda d, n: _gated(d, n.visual),
+            notes=("text tokens", _GQA, *_FORMULA),
         ),
         Convention(
-            "true-eager", "2 x MAC of all that runs with an eager kernel: attention in full, output layer on the last token, prefill", 2,
-            (*_ALL, "llm_attention_square", "head_last"), whole_params=True, notes=("decode (in decode_tflops)",),
+            "sparsevlm",
+            "SparseVLM: sum over layers of 4nd^2 + 2n^2d + 3ndm, n all tokens",
+            1,
+            formula=lambda d, n: _gated(d, n.llm),
+            notes=(_GQA, *_FORMULA),
         ),
         Convention(
-            "calflops-flash", "gsearch with a flash kernel, which calflops does not see: the attention of the LLM is missing", 2,
-            tuple(part for part in _GSEARCH if part != "llm_attention_square"), notes=("decode",),
+            "true",
+            "2 x MAC of all that runs, fused kernel: causal half of the attention, head on the last token",
+            2,
+            (*_ALL, "llm_attention_causal", "head_last"),
+            whole_params=True,
+            notes=("decode (in decode_tflops)",),
+        ),
+        Convention(
+            "true-eager",
+            "2 x MAC of all that runs, eager kernel: attention in full, head on the last token",
+            2,
+            (*_ALL, "llm_attention_square", "head_last"),
+            whole_params=True,
+            notes=("decode (in decode_tflops)",),
+        ),
+        Convention(
+            "calflops-flash",
+            "gsearch with a flash kernel, which calflops does not see: no attention of the LLM",
+            2,
+            tuple(part for part in _GSEARCH if part != "llm_attention_square"),
+            notes=("decode (in decode_tflops)",),
         ),
     )
-}  # fmt: skip
+}
 
 
 def convention(name: str) -> Convention:

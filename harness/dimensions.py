@@ -1,7 +1,7 @@
 """The dimensions of a multimodal model: everything its cost follows from, and nothing else.
 
-`load(name)` reads the shipped facts (`dimensions.yaml`), `harness.dimensions_config.dimensions_of(config)` reads the same from a transformers config.
-No torch, no weights, no network.
+`load(name)` reads the shipped facts (`dimensions.yaml`), `harness.dimensions_config.dimensions_of(config)` reads the
+same from a transformers config. No torch, no weights, no network.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The compute ledger: multiply-adds of one sample, part by part, from dimensions and lengths alone.
 
-`ledger(dimensions, lengths)` is a pure function with exact integers. The lengths may be what a method declares or what a trace has seen;
-the ledger cannot tell them apart. What a paper prints is a *convention* over the ledger: which parts it adds up, by which factor, and what
-it leaves out (`harness/conventions.py`).
+`ledger(dimensions, lengths)` is a pure function with exact integers. The lengths may be what a method declares or
+what a trace has seen; the ledger cannot tell them apart. What a paper prints is a *convention* over the ledger: which
+parts it adds up, by which factor, and what it leaves out (`harness/conventions.py`).
 
-Counted are matrix products: one multiply-add per weight and token, two products of attention per pair of tokens. Norms, softmax, activations,
-rotary embeddings and table look-ups are not (about 0.1 % of a 7B model).
+Counted are matrix products: one multiply-add per weight and token, two products of attention per pair of tokens.
+Norms, softmax, activations, rotary embeddings and table look-ups are not (about 0.1 % of a 7B model).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Multiply-adds by part. The parts of a pair that ends in `_square`/`_causal` or `_all`/`_last` exclude each other."""
+    """Multiply-adds by part. Of `_square` and `_causal`, of `_all` and `_last`, a sum takes one."""
 
     patch_embedding: int
     vision_linear: int
@@ -97,7 +97,7 @@ def ledger(dimensions: Dimensions, lengths: Lengths) -> Ledger:
 
     Args:
         dimensions: the model.
-        lengths: tokens that enter each vision layer, the projector and each decoder layer, and the number of new tokens.
+        lengths: tokens that enter each vision layer, the projector and each decoder layer, and the count of new ones.
     """
     vision, decoder = dimensions.vision, dimensions.decoder
     if len(lengths.vision) != vision.layers or len(lengths.visual) != decoder.layers:
@@ -158,9 +158,9 @@ def lengths_of(
         scoring: the method's own work.
     """
     usual = dimensions.input
-    for name, value, least in (
-        ("tiles", tiles, 1), ("frames", frames, 1), ("visual tokens", visual, 1), ("text tokens", text, 0), ("new tokens", new_tokens, 0),
-    ):  # fmt: skip
+    sizes = {"tiles": tiles, "frames": frames, "visual tokens": visual, "text tokens": text, "new tokens": new_tokens}
+    for name, value in sizes.items():
+        least = 0 if name in ("text tokens", "new tokens") else 1
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
     if dimensions.tile is None:
@@ -186,7 +186,7 @@ def lengths_of(
 def _by_tile(
     dimensions: Dimensions, tiles: int | None, frames: int | None, visual: int | None
 ) -> tuple[int, tuple[Groups, ...], int, int]:
-    """Patches, vision lengths, projector tokens and visual tokens of a picture that is cut into equal tiles or frames."""
+    """Patches, vision lengths, projector tokens and visual tokens of a picture cut into equal tiles or frames."""
     if tiles is not None and frames is not None:
         raise UserError("an input has tiles or frames, not both")
     usual = dimensions.input

@@ -1,7 +1,7 @@
 """Printed costs beside the ledger's: published / implied here / difference.
 
-The numbers are read from `reports/published/`, the schedules behind them are written here. A schedule that a paper did not publish is not
-guessed: its cost is given as the range that its printed memory ratio leaves open.
+The numbers are read from `reports/published/`, the schedules behind them are written here. A schedule that a paper
+did not publish is not guessed: its cost is given as the range that its printed memory ratio leaves open.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.resources import files
 
@@ -59,6 +59,16 @@ class Row:
         nearest = min(max(self.published, self.low), self.high)
         return 100 * (nearest / self.published - 1)
 
+    @property
+    def shown(self) -> str:
+        """The number, or the two ends of a range, to four digits."""
+        low, high = f"{self.low:.4g}", f"{self.high:.4g}"
+        return low if low == high else f"{low} to {high}"
+
+    def as_dict(self) -> dict[str, str | float]:
+        """The row for JSON."""
+        return {**asdict(self), "implied": self.implied, "difference_pct": self.difference}
+
 
 def compare(table: str) -> list[Row]:
     """Every cost of one published table, once per convention it is recomputed in."""
@@ -102,8 +112,8 @@ def compare(table: str) -> list[Row]:
 def schedule(method: str, setting: str, visual: int, layers: int) -> list[int]:
     """Visual tokens that enter each layer, as the papers ran their baselines.
 
-    FastV prunes once after two layers, VTW drops everything at half depth (G-Search's setting). PDrop halves before layers 8, 16 and 24;
-    with 24 layers G-Search left that list as it is, deeper models got four equal stages.
+    FastV prunes once after two layers, VTW drops everything at half depth (G-Search's setting). PDrop halves before
+    layers 8, 16 and 24; with 24 layers G-Search left that list as it is, deeper models got four equal stages.
     """
     if method in ("vanilla", "flashattention2"):
         return [visual] * layers
@@ -118,17 +128,17 @@ def schedule(method: str, setting: str, visual: int, layers: int) -> list[int]:
 
 
 def sigmoid(visual: int, layers: int, budget: float, slope: float) -> list[int]:
-    """P-Sigmoid: keep rate 2b / (1 + exp(k (i - a))) before layer i = 3..L (1-based), a midway; two full layers before."""
+    """P-Sigmoid: keep rate 2b / (1 + exp(k (i - a))) before layer i = 3..L (1-based), a midway; two full layers."""
     middle = (3 + layers) / 2
     rates = [2 * budget / (1 + math.exp(slope * (i - middle))) for i in range(3, layers + 1)]
     return [visual] * 2 + [round(visual * rate) for rate in rates]
 
 
 def extremes(model: Dimensions, visual: int, ratio: float) -> Iterator[list[int]]:
-    """Schedules among which the cheapest and the dearest with this memory ratio lie: non-increasing, two full layers first.
+    """Non-increasing schedules with this memory ratio, the cheapest and the dearest among them; two full layers first.
 
-    Cost is convex in the counts, with the output layer on top of the last. So the dearest is a mixture of two step functions, and in the
-    cheapest all layers but the last are equal.
+    Cost is convex in the counts, with the output layer on top of the last. So the dearest is a mixture of two step
+    functions, and in the cheapest all layers but the last are equal.
     """
     layers = model.decoder.layers
     rest, budget = layers - 2, (ratio * layers - 2) * visual
@@ -185,8 +195,10 @@ def _value(metric: str, model: Dimensions, lengths: Lengths, convention: str, fl
 def _note(paper: str, table: str, row: dict[str, str]) -> str:
     for known in _read("misprints.csv"):
         if (known["paper"], known["table"], *(known[key] for key in ("model", "method", "metric"))) == (
-            paper, table, *(row[key] for key in ("model", "method", "metric")),
-        ):  # fmt: skip
+            paper,
+            table,
+            *(row[key] for key in ("model", "method", "metric")),
+        ):
             return f"{known['kind']}: {known['reason']}"
     return ""
 

@@ -59,9 +59,17 @@ def _configs():
     ids = {"image_token_index": IMAGE, "image_token_id": IMAGE}
     text = {"text_config": _llama(), "vision_config": CLIPVisionConfig(**CLIP), "tie_word_embeddings": False}
     qwen_vision = {
-        "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14, "temporal_patch_size": 2,
-        "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [1, 3], "out_hidden_size": 96,
-    }  # fmt: skip
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": [1, 3],
+        "out_hidden_size": 96,
+    }
     qwen_text = {
         **TEXT,
         "num_key_value_heads": 2,
@@ -113,7 +121,7 @@ def test_parameters_of_a_config_are_exact(name):
 
 
 def _run(model, text: int, tiles: int, keep: tuple[int, ...], visual: int) -> int:
-    """FLOPs torch counts for one prefill in which decoder layer l sees the first `keep[l]` visual tokens; the text comes first."""
+    """FLOPs torch counts for a prefill in which layer l sees the text, then the first `keep[l]` visual tokens."""
     size = CLIP["image_size"]
     ids = torch.tensor([[1] * text + [IMAGE] * visual])
     hooks = []

@@ -1,0 +1,236 @@
+"""`pruneval measure`: what a method costs on a model.
+
+The implied path needs no weights: dimensions are shipped as facts, a method declares how many visual tokens enter
+each layer, and the ledger does the rest. Every number says under which convention it is printed and what that
+convention leaves out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pruneval import methods
+from pruneval.harness import conventions, published
+from pruneval.harness.dimensions import Dimensions, load
+from pruneval.harness.errors import UserError, unknown
+from pruneval.harness.flops import Lengths, ledger, lengths_of
+from pruneval.harness.kv_cache import kv_bytes, kv_bytes_full_heads, kv_ratio
+from pruneval.harness.scoring import scoring, shape_of
+
+
+def implied(
+    model: str,
+    method: str = "vanilla",
+    params: Mapping[str, Any] | None = None,
+    *,
+    convention: str = "gsearch",
+    tiles: int | None = None,
+    frames: int | None = None,
+    visual_tokens: int | None = None,
+    text_tokens: int | None = None,
+    new_tokens: int = 1,
+) -> dict[str, Any]:
+    """The implied cost of one sample, from declared lengths.
+
+    Args:
+        model: a shipped model's name.
+        method: a method's name.
+        params: its parameters.
+        convention: what `tflops` and `tmacs` mean.
+        tiles: tiles of the image; like the next three, what published costs assume if not given.
+        frames: frames of the video.
+        visual_tokens: visual tokens at the LLM input.
+        text_tokens: all other tokens.
+        new_tokens: tokens to generate.
+
+    Returns:
+        `model`, `method`, `params`, `signature`, what `cost` returns, `unpruned_tflops` and `lengths_from`.
+    """
+    conventions.convention(convention)
+    dimensions = load(model)
+    built, size = (
+        _build(method, params),
+        {"tiles": tiles, "frames": frames, "text": text_tokens, "new_tokens": new_tokens},
+    )
+    whole = lengths_of(dimensions, visual=visual_tokens, **size)
+    overrides = {"tiles": tiles, "frames": frames, "visual tokens": visual_tokens, "text tokens": text_tokens}
+    try:
+        plan = built.schedule(shape_of(dimensions), whole.given)
+        lengths = replace(whole, visual=tuple(plan))
+        lengths = replace(lengths, scoring=scoring(built, dimensions, lengths))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return {
+        "model": model,
+        "method": method,
+        "params": built.params,
+        "signature": built.signature,
+        **cost(dimensions, lengths, convention),
+        "unpruned_tflops": cost(dimensions, whole, convention)["tflops"],
+        "lengths_from": "; ".join(
+            [
+                dimensions.input.source,
+                *(f"{name} given as {count}" for name, count in overrides.items() if count is not None),
+            ]
+        ),
+    }
+
+
+def cost(
+    dimensions: Dimensions, lengths: Lengths, convention: str = "gsearch", bytes_per_value: int = 2
+) -> dict[str, Any]:
+    """The cost of one sample from its lengths, declared or observed, as a flat dictionary ready for JSON.
+
+    `tflops` and `tmacs` are the prefill under the convention, `decode_tflops` the tokens after the first, `macs`
+    every part of the ledger in multiply-adds, `kv_bytes` the cache after the prefill.
+    """
+    chosen = conventions.convention(convention)
+    counted = ledger(dimensions, lengths)
+    macs = chosen.macs(dimensions, lengths, counted)
+    covered = tuple(dimensions.params) if chosen.whole_params else dimensions.published_params
+    left = [
+        f"parameters of the {part} part ({count / 1e9:.4g} B)"
+        for part, count in dimensions.params.items()
+        if part not in covered
+    ]
+    return {
+        "convention": chosen.name,
+        "convention_title": chosen.title,
+        "tflops": chosen.factor * macs / 1e12,
+        "tmacs": macs / 1e12,
+        "decode_tflops": chosen.factor * chosen.decode_macs(counted) / 1e12,
+        "params_b": sum(dimensions.params[part] for part in covered) / 1e9,
+        "params_parts": list(covered),
+        "kv_ratio": kv_ratio(lengths.visual, lengths.given),
+        "kv_bytes": kv_bytes(dimensions.decoder, lengths.llm, bytes_per_value),
+        "kv_bytes_full_heads": kv_bytes_full_heads(dimensions.decoder, lengths.llm, bytes_per_value),
+        "visual": lengths.given,
+        "text": lengths.text,
+        "patches": lengths.patches,
+        "projected": lengths.projector,
+        "new_tokens": lengths.new_tokens,
+        "avg_in": lengths.avg_in,
+        "kept_after": lengths.visual[-1],
+        "keep": lengths.avg_in / lengths.given,
+        "per_layer": list(lengths.visual),
+        "macs": counted.as_dict(),
+        "scoring": {work.name: work.macs for work in lengths.scoring},
+        "not_counted": [*chosen.not_counted(counted), *left],
+    }
+
+
+def _build(method: str, params: Mapping[str, Any] | None) -> Any:
+    if method not in methods.names():
+        raise unknown("method", method, methods.names())
+    try:
+        return methods.build(method, params)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `pruneval measure`."""
+    parser.add_argument("--model", help="a model of `pruneval list models`")
+    parser.add_argument("--method", default="vanilla", help="a method of `pruneval list methods`")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated"
+    )
+    parser.add_argument("--implied", action="store_true", help="compute from dimensions; needs no weights")
+    parser.add_argument(
+        "--published", metavar="TABLE", help=f"a published table beside the ledger: {', '.join(published.TABLES)}"
+    )
+    parser.add_argument(
+        "--convention", default="gsearch", metavar="NAME", help=f"one of {', '.join(conventions.CONVENTIONS)}"
+    )
+    for name, what in (
+        ("tiles", "tiles of the image"),
+        ("frames", "frames of the video"),
+        ("visual-tokens", "visual tokens at the LLM input"),
+        ("text-tokens", "all other tokens of the prompt"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    parser.add_argument(
+        "--new-tokens", type=int, default=1, metavar="N", help="tokens to generate; the first comes out of the prefill"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run `pruneval measure` with parsed arguments."""
+    if args.published:
+        rows = published.compare(args.published)
+        print(json.dumps([row.as_dict() for row in rows], indent=1) if args.json else to_markdown(args.published, rows))
+        return 0
+    if not args.implied:
+        raise UserError("only implied cost can be measured without a device; pass --implied")
+    if not args.model:
+        raise UserError("say which model: --model NAME")
+    found = implied(
+        args.model,
+        args.method,
+        _params(args.set),
+        convention=args.convention,
+        tiles=args.tiles,
+        frames=args.frames,
+        visual_tokens=args.visual_tokens,
+        text_tokens=args.text_tokens,
+        new_tokens=args.new_tokens,
+    )
+    print(json.dumps(found, indent=1) if args.json else to_text(found))
+    return 0
+
+
+def _params(pairs: list[str]) -> dict[str, str]:
+    """`["keep=0.5"]` as a dictionary; types are the method's business."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--set takes NAME=VALUE, not {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def to_text(found: Mapping[str, Any]) -> str:
+    """The same for a reader."""
+    share = found["tflops"] / found["unpruned_tflops"]
+    lines = [
+        f"{found['signature']} on {found['model']}: {found['visual']} visual + {found['text']} other tokens",
+        f"  prefill         {found['tflops']:.4g} TFLOPs ({found['tmacs']:.4g} TMACs), {share:.1%} of the un-pruned",
+        f"  convention      {found['convention']}: {found['convention_title']}",
+    ]
+    if found["new_tokens"] > 1:
+        lines.append(
+            f"  decode          {found['decode_tflops']:.4g} TFLOPs, {found['new_tokens'] - 1} tokens after the first"
+        )
+    lines += [
+        f"  visual tokens   {found['avg_in']:.1f} per layer ({found['keep']:.1%}), {found['kept_after']} at the end",
+        f"  KV cache        {found['kv_bytes'] / 1e6:.1f} MB at 16 bit, ratio of visual tokens {found['kv_ratio']:.3f}",
+        f"                  {found['kv_bytes_full_heads'] / 1e6:.1f} MB if every head had keys and values of its own",
+        f"  parameters      {found['params_b']:.2f} B ({', '.join(found['params_parts'])})",
+        "  not counted     " + "\n                  ".join(found["not_counted"]),
+        f"  lengths from    {found['lengths_from']}",
+    ]
+    return "\n".join(lines)
+
+
+def to_markdown(table: str, rows: list[published.Row]) -> str:
+    """One Markdown table per metric; the header of each column of ours names its convention."""
+    parts = [f"# {table}: published / implied here / difference"]
+    for metric in dict.fromkeys(row.metric for row in rows):
+        group = [row for row in rows if row.metric == metric]
+        conventions = list(dict.fromkeys(row.convention for row in group))
+        head = ["model", "method", f"published {metric}"]
+        for one in conventions:
+            head += [f"implied here ({one})", f"difference ({one})"]
+        lines = [head + ["note"], ["---"] * (len(head) + 1)]
+        for first in dict.fromkeys((row.model, row.method, row.setting) for row in group):
+            found = {row.convention: row for row in group if (row.model, row.method, row.setting) == first}
+            any_row = next(iter(found.values()))
+            line = [any_row.model, f"{any_row.method} {any_row.setting}".strip(), f"{any_row.published:g}"]
+            for one in conventions:
+                line += [found[one].shown, f"{found[one].difference:+.2f} %"] if one in found else ["", ""]
+            lines.append([*line, any_row.note])
+        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts)

@@ -1,0 +1,171 @@
+"""`pruneval measure --implied` and the published tables beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from pruneval import methods
+from pruneval.harness import measure
+from pruneval.harness.conventions import CONVENTIONS
+from pruneval.harness.dimensions import load, names
+from pruneval.harness.errors import UserError
+from pruneval.harness.flops import Work, ledger, lengths_of
+from pruneval.harness.published import TABLES, schedule
+from pruneval.harness.scoring import scoring, shape_of
+
+FIELDS = {
+    "model",
+    "method",
+    "params",
+    "convention",
+    "tflops",
+    "tmacs",
+    "params_b",
+    "kv_ratio",
+    "kv_bytes",
+    "avg_in",
+    "kept_after",
+    "not_counted",
+}
+
+
+def _run(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    measure.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def _document(capsys, *words: str):
+    assert measure.main(_run(*words, "--json")) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("model", names())
+def test_every_model_in_every_convention(model, convention):
+    pruned = measure.implied(model, "fastv", {"keep": "0.5"}, convention=convention)
+    whole = measure.implied(model, convention=convention)
+    assert set(pruned) >= FIELDS
+    assert 0 < pruned["tflops"] < whole["tflops"] == pruned["unpruned_tflops"]
+    assert pruned["tflops"] == CONVENTIONS[convention].factor * pruned["tmacs"]
+    assert 0 < pruned["kv_bytes"] < whole["kv_bytes"]
+    assert pruned["not_counted"]
+    assert json.loads(json.dumps(pruned)) == pruned
+
+
+def test_fastv_on_llava_as_published(capsys):
+    """G-Search, Table 8."""
+    found = _document(capsys, "--model", "llava-1.5-7b", "--method", "fastv", "--set", "keep=0.5", "--implied")
+    assert found["tflops"] == pytest.approx(5.47, rel=0.003)
+    assert found["tmacs"] == pytest.approx(2.73, rel=0.003)
+    assert found["params_b"] == pytest.approx(6.76, rel=0.003)
+    assert found["kv_ratio"] == pytest.approx(0.531, rel=0.003)
+    assert (found["avg_in"], found["kept_after"], found["visual"], found["text"]) == (306, 288, 576, 74)
+    assert found["kv_bytes"] == 2 * 2 * 32 * 128 * (2 * 650 + 30 * 362)
+    assert any("vision" in text for text in found["not_counted"])
+
+
+def test_overrides(capsys):
+    video = _document(capsys, "--model", "internvl2-8b", "--frames", "8", "--implied")
+    assert video["tflops"] == pytest.approx(38.71, rel=0.003)
+    tiles = _document(capsys, "--model", "internvl2-8b", "--tiles", "2", "--text-tokens", "10", "--implied")
+    assert (tiles["visual"], tiles["text"], tiles["projected"]) == (512, 10, 512)
+    fewer = _document(capsys, "--model", "llava-1.5-7b", "--visual-tokens", "144", "--implied")
+    assert (fewer["visual"], fewer["patches"]) == (144, 576)
+    qwen = _document(capsys, "--model", "qwen2.5-vl-7b", "--visual-tokens", "256", "--implied")
+    assert (qwen["visual"], qwen["patches"]) == (256, 1024)
+    longer = _document(capsys, "--model", "llava-1.5-7b", "--new-tokens", "11", "--implied", "--convention", "true")
+    assert longer["decode_tflops"] > 0
+    assert longer["tflops"] == pytest.approx(measure.implied("llava-1.5-7b", convention="true")["tflops"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "llava-1.5-7", "--implied"], "unknown model 'llava-1.5-7'; did you mean 'llava-1.5-7b'"),
+        (["--model", "llava-1.5-7b", "--method", "fsatv", "--implied"], "unknown method 'fsatv'; did you mean 'fastv'"),
+        (["--model", "llava-1.5-7b", "--convention", "gserch", "--implied"], "did you mean 'gsearch'"),
+        (["--model", "llava-1.5-7b", "--method", "fastv", "--set", "keep=2", "--implied"], "keep must be in"),
+        (["--model", "llava-1.5-7b", "--method", "fastv", "--set", "layer=99", "--implied"], "layer must be between"),
+        (["--model", "llava-1.5-7b", "--method", "fastv", "--set", "keep", "--implied"], "NAME=VALUE"),
+        (["--model", "llava-1.5-7b", "--tiles", "0", "--implied"], "tiles must be at least 1, not 0"),
+        (["--model", "llava-1.5-7b", "--visual-tokens", "-5", "--implied"], "visual tokens must be at least 1"),
+        (["--model", "llava-1.5-7b", "--text-tokens", "-1", "--implied"], "text tokens must be at least 0"),
+        (["--model", "llava-1.5-7b", "--frames", "8", "--implied"], "takes no video"),
+        (["--model", "llava-1.5-7b"], "--implied"),
+        (["--implied"], "--model"),
+        (["--published", "gsearch/table99"], "unknown published table"),
+    ],
+)
+def test_nonsense_is_one_clear_line(words, message):
+    with pytest.raises(UserError) as raised:
+        measure.main(_run(*words))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_text_says_convention_and_what_is_missing(capsys):
+    assert measure.main(_run("--model", "llava-ov-7b", "--method", "fastv", "--implied", "--new-tokens", "5")) == 0
+    text = capsys.readouterr().out
+    for word in ("gsearch", "not counted", "vision tower, attention", "decode", "TFLOPs", "KV cache"):
+        assert word in text
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_published_tables_name_the_convention_of_each_column(capsys, table):
+    assert measure.main(_run("--published", table)) == 0
+    text = capsys.readouterr().out
+    assert "implied here (gsearch)" in text
+    assert "difference (gsearch)" in text
+    rows = _document(capsys, "--published", table)
+    assert {"published", "implied", "difference_pct", "convention"} <= set(rows[0])
+
+
+def test_fastv_declares_the_published_schedule():
+    shape = shape_of(load("llava-1.5-7b"))
+    for keep in (0.5, 0.125):
+        declared = methods.build("fastv", {"keep": keep}).schedule(shape, 576)
+        assert declared == schedule("fastv", str(1 - keep), 576, 32)
+
+
+def test_scores_are_counted_by_what_a_method_asks_for():
+    dimensions = load("llava-1.5-7b")
+    lengths = lengths_of(dimensions)
+    assert scoring(methods.build("vanilla"), dimensions, lengths) == ()
+    assert [work.macs for work in scoring(methods.build("fastv"), dimensions, lengths)] == [4096 * 650]
+    found = measure.implied("llava-1.5-7b", "fastv", convention="true")
+    assert found["macs"]["scoring"] == sum(found["scoring"].values()) > 0
+
+
+def test_helper_models_enter_the_true_cost_only():
+    dimensions = load("llava-1.5-7b")
+    helper = (Work("a small model", 10**12),)
+    whole, helped = (measure.cost(dimensions, lengths_of(dimensions, helpers=h), "true") for h in ((), helper))
+    assert helped["tflops"] - whole["tflops"] == pytest.approx(2)
+    printed = measure.cost(dimensions, lengths_of(dimensions, helpers=helper))
+    assert printed["tflops"] == measure.cost(dimensions, lengths_of(dimensions))["tflops"]
+    assert "helper models (2 TFLOP)" in printed["not_counted"]
+
+
+def test_observed_lengths_cost_what_declared_ones_do():
+    dimensions = load("internvl2-8b")
+    per_layer = methods.build("fastv").schedule(shape_of(dimensions), 1280)
+    observed = measure.cost(dimensions, lengths_of(dimensions, per_layer))
+    declared = measure.implied("internvl2-8b", "fastv")
+    assert observed["tflops"] == declared["tflops"]
+    assert ledger(dimensions, lengths_of(dimensions, per_layer)).llm_linear == declared["macs"]["llm_linear"]
+
+
+def test_under_two_seconds_and_without_torch():
+    code = (
+        "import sys; from pruneval.harness import measure; measure.implied('llava-1.5-7b', 'fastv', {'keep': '0.5'});"
+        "sys.exit('torch' in sys.modules)"
+    )
+    start = time.perf_counter()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert time.perf_counter() - start < 2
