@@ -147,9 +147,9 @@ def lengths_of(
     Args:
         dimensions: the model.
         per_layer: visual tokens that enter each decoder layer; all of them in every layer if not given.
-        tiles: tiles of an image. Excludes `frames` and `grid`.
+        tiles: tiles of an image; whole images for a model that does not cut them. Excludes `frames`.
         frames: frames of a video.
-        grid: slices, rows and columns of patches, for models without tiles.
+        grid: slices, rows and columns of patches, for a model that does not cut images.
         visual: visual tokens at the LLM input, if they do not follow from the above.
         text: tokens that are not visual.
         new_tokens: tokens to generate.
@@ -163,10 +163,10 @@ def lengths_of(
         least = 0 if name in ("text tokens", "new tokens") else 1
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, not {value}")
+    if tiles is not None and frames is not None:
+        raise UserError("an input has tiles or frames, not both")
     if dimensions.tile is None:
-        if tiles is not None or frames is not None:
-            raise UserError(f"{dimensions.name} has neither tiles nor fixed frames; say --visual-tokens")
-        patches, vision, projected, count = _by_grid(dimensions, grid, visual)
+        patches, vision, projected, count = _by_grid(dimensions, tiles, frames, grid, visual)
     else:
         patches, vision, projected, count = _by_tile(dimensions, tiles, frames, visual)
     layers = tuple(per_layer) if per_layer is not None else (count,) * dimensions.decoder.layers
@@ -187,8 +187,6 @@ def _by_tile(
     dimensions: Dimensions, tiles: int | None, frames: int | None, visual: int | None
 ) -> tuple[int, tuple[Groups, ...], int, int]:
     """Patches, vision lengths, projector tokens and visual tokens of a picture cut into equal tiles or frames."""
-    if tiles is not None and frames is not None:
-        raise UserError("an input has tiles or frames, not both")
     usual = dimensions.input
     if tiles is None and frames is None:
         tiles, frames = usual.tiles or None, usual.frames or None
@@ -204,18 +202,26 @@ def _by_tile(
 
 
 def _by_grid(
-    dimensions: Dimensions, grid: tuple[int, int, int] | None, visual: int | None
+    dimensions: Dimensions,
+    tiles: int | None,
+    frames: int | None,
+    grid: tuple[int, int, int] | None,
+    visual: int | None,
 ) -> tuple[int, tuple[Groups, ...], int, int]:
-    """The same for a tower that takes an image at its own size, attending within windows in most layers."""
+    """The same for a tower that takes an image at its own size, attending within windows in most layers.
+
+    Images, and the slices of a video that two frames share, do not attend to each other in the tower.
+    """
     tower, merge = dimensions.vision, dimensions.projector.merge
     side = int(merge**0.5)
+    usual, rows, columns = grid or dimensions.input.grid
+    slices = tiles or (frames and -(-frames // 2)) or usual
     if grid is None and visual is not None:
         # Any count of tokens, laid out as near to a square as its divisors allow.
-        rows = next(r for r in range(int(visual**0.5), 0, -1) if visual % r == 0)
-        grid = (1, rows * side, visual // rows * side)
-    elif grid is None:
-        grid = dimensions.input.grid
-    slices, rows, columns = grid
+        slices = slices if visual % slices == 0 else 1
+        each = visual // slices
+        high = next(r for r in range(int(each**0.5), 0, -1) if each % r == 0)
+        rows, columns = high * side, each // high * side
     patches = slices * rows * columns
     full: Groups = ((slices, rows * columns),)
     windows = _windows(tower, slices, rows, columns) if tower.window else full

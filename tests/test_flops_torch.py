@@ -7,6 +7,7 @@ import torch
 from pruneval.harness.dimensions_config import dimensions_of
 from pruneval.harness.errors import UserError
 from pruneval.harness.flops import ledger, lengths_of
+from pruneval.harness.kv_cache import kv_bytes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
@@ -176,6 +177,14 @@ def test_decode_is_what_torch_counts():
     counted = ledger(dimensions, lengths_of(dimensions, [0] * 4, text=30, new_tokens=2))
     implied = 2 * counted.total("decode_linear", "decode_attention", "decode_head")
     assert implied == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_cache_bytes_are_what_the_cache_holds():
+    model = _build(CONFIGS["llava"])
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor([[1] * 30])).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert kv_bytes(dimensions_of(model.config).decoder, [30] * 4, bytes_per_value=4) == held
 
 
 @pytest.mark.parametrize("grid", [(1, 16, 24), (1, 10, 14), (4, 20, 28)], ids=str)

@@ -79,6 +79,8 @@ def test_overrides(capsys):
     assert (fewer["visual"], fewer["patches"]) == (144, 576)
     qwen = _document(capsys, "--model", "qwen2.5-vl-7b", "--visual-tokens", "256", "--implied")
     assert (qwen["visual"], qwen["patches"]) == (256, 1024)
+    clip = _document(capsys, "--model", "qwen2.5-vl-7b", "--frames", "7", "--implied")
+    assert clip["visual"] == 4 * 391
     longer = _document(capsys, "--model", "llava-1.5-7b", "--new-tokens", "11", "--implied", "--convention", "true")
     assert longer["decode_tflops"] > 0
     assert longer["tflops"] == pytest.approx(measure.implied("llava-1.5-7b", convention="true")["tflops"])
