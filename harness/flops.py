@@ -187,16 +187,16 @@ def _by_tile(
     dimensions: Dimensions, tiles: int | None, frames: int | None, visual: int | None
 ) -> tuple[int, tuple[Groups, ...], int, int]:
     """Patches, vision lengths, projector tokens and visual tokens of a picture cut into equal tiles or frames."""
-    usual = dimensions.input
+    usual, tower, extra = dimensions.input, dimensions.vision, 0
     if tiles is None and frames is None:
         tiles, frames = usual.tiles or None, usual.frames or None
         visual = usual.visual if visual is None else visual
-    if frames is not None and dimensions.frame is None:
-        raise UserError(f"{dimensions.name} takes no video; say --tiles")
-    units, (shown, projected), extra = (
-        (frames, dimensions.frame, dimensions.frame_extra) if frames is not None else (tiles, dimensions.tile, 0)
-    )
-    tower = dimensions.vision
+    if frames is not None:
+        if dimensions.frame is None:
+            raise UserError(f"{dimensions.name} takes no video; say --tiles")
+        units, (shown, projected), extra = frames, dimensions.frame, dimensions.frame_extra
+    else:
+        units, (shown, projected) = tiles or 1, dimensions.tile or (0, 0)
     vision = (((units, tower.patches + tower.class_tokens),),) * tower.layers
     return units * tower.patches, vision, units * projected, units * shown + extra if visual is None else visual
 
@@ -214,7 +214,7 @@ def _by_grid(
     """
     tower, merge = dimensions.vision, dimensions.projector.merge
     side = int(merge**0.5)
-    usual, rows, columns = grid or dimensions.input.grid
+    usual, rows, columns = grid or dimensions.input.grid or (1, side, side)
     slices = tiles or (frames and -(-frames // 2)) or usual
     if grid is None and visual is not None:
         # Any count of tokens, laid out as near to a square as its divisors allow.

@@ -52,11 +52,10 @@ def implied(
     """
     conventions.convention(convention)
     dimensions = load(model)
-    built, size = (
-        _build(method, params),
-        {"tiles": tiles, "frames": frames, "text": text_tokens, "new_tokens": new_tokens},
+    built = _build(method, params)
+    whole = lengths_of(
+        dimensions, tiles=tiles, frames=frames, visual=visual_tokens, text=text_tokens, new_tokens=new_tokens
     )
-    whole = lengths_of(dimensions, visual=visual_tokens, **size)
     overrides = {"tiles": tiles, "frames": frames, "visual tokens": visual_tokens, "text tokens": text_tokens}
     try:
         plan = built.schedule(shape_of(dimensions), whole.given)

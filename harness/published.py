@@ -20,7 +20,7 @@ from pruneval.harness.flops import Lengths, ledger, lengths_of
 from pruneval.harness.kv_cache import kv_bytes, kv_bytes_full_heads, kv_ratio
 
 TABLES = tuple(f"gsearch/table{n}" for n in (1, 8, 9, 10, 11)) + ("vflowopt/table1",)
-CONVENTIONS_OF = {
+CONVENTIONS_OF: dict[str, dict[str, tuple[str, ...]]] = {
     "tflops": {"gsearch": ("gsearch",), "vflowopt": ("gsearch", "true-eager", "true")},
     "tmacs": {"gsearch": ("macs",)},
     "kv_ratio": {"gsearch": ("visual tokens",)},
@@ -156,6 +156,7 @@ def _lengths(model: Dimensions, row: dict[str, str], ratio: float | None, frames
     """The lengths a printed row stands for; several where the paper leaves the schedule open."""
     visual = lengths_of(model, frames=frames).given
     layers = model.decoder.layers
+    ratio = 1.0 if ratio is None else ratio
     if row["paper"] == "vflowopt":
         plans = [_half(row["method"], visual, layers)]
     elif row["method"] == "gsearch":

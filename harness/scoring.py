@@ -33,10 +33,11 @@ def shape_of(dimensions: Dimensions) -> Shape:
 def scoring(method: Any, dimensions: Dimensions, lengths: Lengths) -> tuple[Work, ...]:
     """Multiply-adds of the method's scores on one sample."""
     shape = shape_of(dimensions)
+    asked = method.needs(shape)  # refuses a layer the model does not have
     if hasattr(method, "work"):
         return tuple(Work(name, macs) for name, macs in method.work(shape, lengths.given, lengths.text).items())
     decoder, vision, work = dimensions.decoder, dimensions.vision, []
-    for boundary, needs in method.needs(shape).items():
+    for boundary, needs in asked.items():
         for layer in needs.attention:
             work.append(Work(f"one row of layer {layer}", decoder.width * lengths.llm[layer]))
         if needs.next:
