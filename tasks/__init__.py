@@ -1,8 +1,8 @@
 """Which benchmarks exist. Rows are data: `benchmarks.yaml` and `suites.yaml` beside this file.
 
-A row names a task of lmms-eval and where its questions come from; scoring is always lmms-eval's own. The `full` edition is
-the published benchmark, the `pocket` edition has the same columns, prompts and metrics on a small drawn world, so that the
-whole path can be run anywhere, offline, in seconds. Light on purpose: importing this needs PyYAML and nothing else.
+A row names a task of lmms-eval and where its questions come from; scoring is always lmms-eval's own. The `full` edition
+is the published benchmark; the `pocket` edition has the same columns, prompts and metrics on a small drawn world, so that
+the whole path can be run anywhere, offline, in seconds. Light on purpose: importing this needs PyYAML and nothing else.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Benchmark:
     judge: bool
     """True when scoring asks a language model."""
     group: str
-    """The column whose equal values are scored together, such as MME's question pairs; "" when every row stands alone."""
+    """The column whose equal values are scored together, such as MME's question pairs; "" where rows stand alone."""
+    images: tuple[str, str, str] | None
+    """Where images are a table of their own: its name, the questions' column that points to it, its id column."""
 
 
 @cache
@@ -58,9 +60,9 @@ def _table() -> dict[str, Benchmark]:
     table = {}
     for name, row in rows.items():
         keys = tuple(row.pop("keys"))
-        table[name] = Benchmark(
-            name=name, keys=keys, metric=row.pop("metric", keys[0]), **{"revision": "", "judge": False, "group": "", **row}
-        )
+        images = tuple(row.pop("images", ())) or None
+        row = {"metric": keys[0], "revision": "", "judge": False, "group": "", **row}
+        table[name] = Benchmark(name=name, keys=keys, images=images, **row)
     return table
 
 

@@ -1,0 +1,308 @@
+"""One model, one method, one benchmark: scores and per-sample rows, through lmms-eval's own task, prompts and metrics.
+
+lmms-eval takes 10 to 20 seconds to import, so it is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+import warnings
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pruneval.harness.errors import SampleFailure, UserError
+from pruneval.harness.uncertainty import standard_error
+from pruneval.tasks import Benchmark
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pruneval.harness.lmms_model import Journal
+
+PROMPT_KEY = "pruneval"
+"""The model name tasks see: none of them knows it, so every task uses its default prompt."""
+
+SAMPLE_COLUMNS = (
+    "doc_id", "prompt_hash", "prompt", "answer", "correct", "target",
+    "visual_tokens", "avg_in", "kept_after", "final", "keep", "error",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one evaluation gives."""
+
+    scores: dict[str, dict[str, Any]]
+    """metric -> {"value", "n", "stderr"}, unscaled: the benchmark's own metric, then every number lmms-eval gave."""
+    samples: pd.DataFrame
+    """One row per request, in document order, with `SAMPLE_COLUMNS`."""
+
+
+def evaluate(
+    loaded: Any,
+    method: Any,
+    benchmark: Benchmark,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    journal: Journal | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Run a benchmark and score it.
+
+    Args:
+        loaded: a `LoadedModel`.
+        method: a `Method`, or None for the bare model.
+        limit: the first so many questions; rows that are scored together (MME's pairs) stay together.
+        batch_size: samples per `generate`.
+        journal: where answers go after every batch; answers already there are not generated again.
+        on_progress: called as (done, total).
+
+    Raises:
+        UserError: the data cannot be loaded, or the limit leaves nothing to score.
+        SampleFailure: a question could not be answered; nothing is scored.
+    """
+    task = build_task(benchmark)
+    with _quiet():
+        from lmms_eval.evaluator import simple_evaluate
+        from lmms_eval.tasks import TaskManager
+        from tenacity import RetryError
+
+        from pruneval.harness.lmms_model import PrunevalModel
+
+        lm = PrunevalModel(loaded, method, batch_size, seed, journal=journal, on_progress=on_progress)
+        with tempfile.TemporaryDirectory(prefix="pruneval-") as folder:
+            try:
+                results = simple_evaluate(
+                    model=lm,
+                    tasks=[task],
+                    task_manager=TaskManager(include_defaults=False),  # the task is built already
+                    num_fewshot=0,
+                    limit=_whole_groups(task, benchmark, limit),
+                    bootstrap_iters=0,
+                    log_samples=True,
+                    random_seed=seed,
+                    numpy_random_seed=seed,
+                    torch_random_seed=seed,
+                    fewshot_random_seed=seed,
+                    # Submission files go to the folder; pictures are not decoded again for scoring.
+                    cli_args=Namespace(output_path=folder, process_with_media=False),
+                    process_docs_parallel=1,
+                )
+            except RetryError as error:
+                cause = error.last_attempt.exception()
+                raise RuntimeError(f"scoring {benchmark.name} failed: {type(cause).__name__}: {cause}") from cause
+    logged = sorted(results["samples"][benchmark.task], key=lambda sample: sample["doc_id"])
+    scores = _scores(results["results"][benchmark.task], logged, task.aggregation(), benchmark)
+    return Outcome(scores, _table(logged, lm.rows, benchmark))
+
+
+def preview(benchmark: Benchmark, loaded: Any, limit: int | None = None) -> list[str]:
+    """The exact prompts the model would get for the first `limit` questions."""
+    task = build_task(benchmark)
+    with _quiet():
+        from pruneval.harness.lmms_model import PrunevalModel
+
+        lm = PrunevalModel(loaded)
+        lm.task_dict[benchmark.task] = task.dataset
+        task.build_all_requests(limit=limit)
+        return lm.prompts(task.instances)
+
+
+def build_task(benchmark: Benchmark) -> Any:
+    """lmms-eval's task as installed; for a pocket edition only the data is another.
+
+    Raises:
+        UserError: the data set could not be loaded.
+        SampleFailure: the first row's image is unreadable (lmms-eval reads it while building).
+    """
+    with _quiet():
+        from lmms_eval.api.task import ConfigurableMessagesTask
+        from tenacity import RetryError
+
+        config = _task_config(benchmark.task)
+        if benchmark.edition == "pocket":
+            from pruneval.tasks.pocket import editions
+
+            folder = editions.ensure(benchmark.dataset)
+            config["dataset_path"], config["dataset_name"] = "parquet", None
+            config["dataset_kwargs"] = {
+                "data_files": {benchmark.split: str(folder / f"{benchmark.split}.parquet")},
+                "cache_dir": str(folder / "arrow"),
+            }
+            images: dict[str, Any] = {
+                "path": "parquet",
+                "data_files": {benchmark.split: str(folder / "images.parquet")},
+                "cache_dir": str(folder / "arrow"),
+            }
+        else:
+            config["dataset_path"] = benchmark.dataset
+            # The installed files insist on a stored login; these data sets are public.
+            config["dataset_kwargs"] = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "token"}
+            if benchmark.revision:
+                config["dataset_kwargs"]["revision"] = benchmark.revision
+            images = {"path": benchmark.dataset, "revision": benchmark.revision or None}
+        if benchmark.images:
+            config["process_docs"] = functools.partial(_join_images, benchmark=benchmark, source=images)
+        try:
+            return ConfigurableMessagesTask(config=config, model_name=PROMPT_KEY)
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            raise UserError(
+                f"benchmark {benchmark.name!r}: the data set {benchmark.dataset!r} could not be loaded "
+                f"({type(cause).__name__}: {' '.join(str(cause).split())[:200]}); connect to the hub once, or point "
+                "HF_HOME at a cache that holds it; the pocket editions need no download"
+            ) from cause
+        except (OSError, SyntaxError, ValueError) as error:
+            raise SampleFailure(f"{benchmark.task}/0", f"{type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _task_file(name: str) -> Path:
+    """The installed YAML file of a task. lmms-eval's own index parses 2,000 files first, which takes seconds."""
+    import lmms_eval.tasks
+
+    wanted = f"task: {name}"
+    for path in sorted(Path(lmms_eval.tasks.__file__).parent.rglob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        lines = (line.split("#")[0].replace('"', "").replace("'", "").strip() for line in text.splitlines())
+        if name in text and wanted in lines:
+            return path
+    raise UserError(f"lmms-eval has no task {name!r}")
+
+
+def _task_config(name: str) -> dict[str, Any]:
+    from lmms_eval.utils import load_yaml_config
+
+    return load_yaml_config(str(_task_file(name)), mode="full")
+
+
+def _join_images(questions: Any, *, benchmark: Benchmark, source: dict[str, Any]) -> Any:
+    """Give each question its image out of the benchmark's image table, without decoding any.
+
+    lmms-eval's own GQA join loads the table by a fixed name, so it cannot be pointed elsewhere, and encodes every image
+    again in eight processes.
+    """
+    import datasets
+
+    table, key, identity = benchmark.images
+    name = None if source["path"] == "parquet" else table
+    images = datasets.load_dataset(name=name, split=benchmark.split, **source)
+    position = {value: index for index, value in enumerate(images[identity])}
+    picked = images.select([position[value] for value in questions[key]]).select_columns(["image"])
+    return datasets.concatenate_datasets([questions, picked.flatten_indices()], axis=1)
+
+
+def _whole_groups(task: Any, benchmark: Benchmark, limit: int | None) -> int | None:
+    """The largest number of rows up to `limit` that cuts no group apart (at least one group)."""
+    if not limit or not benchmark.group:
+        return limit or None
+    ids = task.eval_docs_no_media[benchmark.group]
+    last = {value: index for index, value in enumerate(ids)}
+    best = end = 0
+    for index, value in enumerate(ids):
+        end = max(end, last[value])
+        if end == index:
+            if index + 1 > limit and best:
+                break
+            best = index + 1
+            if best >= limit:
+                break
+    return best
+
+
+def _scores(
+    result: dict[str, Any], logged: list[dict], aggregations: dict[str, Callable], benchmark: Benchmark
+) -> dict[str, dict[str, Any]]:
+    missing = [key for key in benchmark.keys if not isinstance(result.get(key), (int, float))]
+    if missing:
+        raise UserError(
+            f"benchmark {benchmark.name!r}: no question among the first {len(logged)} counts towards "
+            f"{', '.join(missing)}; use a larger limit"
+        )
+    scores: dict[str, dict[str, Any]] = {}
+    for key, value in result.items():
+        metric = key.split(",")[0]
+        if metric not in aggregations or not isinstance(value, (int, float)):
+            continue
+        values = [sample[metric] for sample in logged if metric in sample]
+        scores[key] = {
+            "value": float(value),
+            "n": len(values),
+            "stderr": standard_error(values, aggregations[metric]),
+        }
+    if benchmark.metric not in scores:
+        # The parts are scored on different questions, so their errors are independent.
+        parts = [scores[key] for key in benchmark.keys]
+        errors = [part["stderr"] for part in parts]
+        total = {
+            "value": sum(part["value"] for part in parts),
+            "n": sum(part["n"] for part in parts),
+            "stderr": None if None in errors else sum(error**2 for error in errors) ** 0.5,
+        }
+        return {benchmark.metric: total, **scores}
+    return {benchmark.metric: scores.pop(benchmark.metric), **scores}
+
+
+def _table(logged: list[dict], rows: dict[str, dict[str, Any]], benchmark: Benchmark) -> pd.DataFrame:
+    import pandas as pd
+
+    metrics = [key.split(",")[0] for key in benchmark.keys]
+    table = []
+    for sample in logged:
+        row = rows[f"{benchmark.task}/{sample['doc_id']}"]
+        value = next(sample[metric] for metric in metrics if metric in sample)
+        table.append(
+            {
+                **{column: row.get(column) for column in SAMPLE_COLUMNS},
+                "correct": float(value["score"] if isinstance(value, dict) else value),
+                "target": _target(sample),
+            }
+        )
+    return pd.DataFrame(table, columns=list(SAMPLE_COLUMNS))
+
+
+def _target(sample: dict[str, Any]) -> str:
+    """The gold answer; of several people's answers (TextVQA) the most frequent, as the task itself logs none."""
+    people = sample["doc"].get("answers")
+    if isinstance(people, list) and people:
+        return Counter(map(str, people)).most_common(1)[0][0]
+    return str(sample["target"])
+
+
+def _hidden(bar: Callable, *args: Any, **options: Any) -> Any:
+    return bar(*args, **{**options, "disable": True})
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lmms-eval without its log lines, progress bars and global warning filters, and offline-safe."""
+    from loguru import logger
+
+    logger.disable("lmms_eval")
+    with warnings.catch_warnings():
+        import datasets
+        import lmms_eval.api.task as task_module
+        import lmms_eval.evaluator as evaluator_module
+
+        bars_shown = datasets.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        modules = (task_module, evaluator_module)
+        bars = [module.tqdm for module in modules]
+        for module, bar in zip(modules, bars, strict=True):
+            module.tqdm = functools.partial(_hidden, bar)
+        try:
+            yield
+        finally:
+            for module, bar in zip(modules, bars, strict=True):
+                module.tqdm = bar
+            if bars_shown:
+                datasets.enable_progress_bars()
+            logger.enable("lmms_eval")

@@ -1,0 +1,281 @@
+"""lmms-eval's view of a pruned model: requests in, answers out, batched, resumable, no answer that was not generated.
+
+Used by `harness/evaluate.py`, and by lmms-eval's own command line through the entry point `pruneval`:
+
+    python -m lmms_eval --model pruneval --model_args pretrained=<path>,method=fastv,keep=0.5 --tasks pope
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+
+from pruneval.harness.errors import SampleFailure, UserError
+
+MAX_NEW_TOKENS = 1024
+"""Where a task sets no limit; the same figure as lmms-eval's own wrappers use."""
+
+
+class Journal(Protocol):
+    """Answers of an unfinished cell; `harness/records.py` has the one on disk."""
+
+    def answers(self) -> Mapping[str, Mapping[str, Any]]: ...
+    def append(self, rows: list[dict[str, Any]]) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Request:
+    key: str
+    """ "<task>/<doc id>": names the sample everywhere, and seeds its randomness."""
+    doc_id: int
+    context: str
+    options: dict[str, Any]
+    messages: Callable[[], list[dict]]
+    """Builds the chat messages; this is where the row's images are decoded."""
+
+    @property
+    def digest(self) -> str:
+        """What the answer in a journal must have been an answer to."""
+        return _digest(self.context + json.dumps(self.options, sort_keys=True, default=str))
+
+
+def manifest():
+    """The registration payload of the entry point group `lmms_eval.models`."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="pruneval", chat_class_path=f"{__name__}.PrunevalModel")
+
+
+class PrunevalModel(lmms):
+    """A model with a pruning method, as lmms-eval's chat model.
+
+    Args:
+        pretrained: a model's name or path (loaded here), or a `LoadedModel`.
+        method: a method's name, a `Method`, or None for the bare model (no session, hence no budgets).
+        batch_size: samples per `generate`; the answers do not depend on it.
+        seed: of the session's randomness.
+        device, dtype, kernel: used when `pretrained` is loaded here.
+        max_new_tokens: for tasks that set none.
+        journal: answers already there are not generated again; new ones are appended after every batch.
+        on_progress: called as (done, total) after every batch.
+        params: the method's parameters, when `method` is a name.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: Any,
+        method: Any = None,
+        batch_size: int | str = 8,
+        seed: int = 0,
+        device: str | None = None,
+        dtype: str | None = None,
+        kernel: str | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_batch_size: int | None = None,  # noqa: ARG002  lmms-eval's command line passes it
+        journal: Journal | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        **params: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrained, str):
+            from pruneval.harness import models
+
+            pretrained = models.load(pretrained, device=device, dtype=dtype, kernel=kernel)
+        if isinstance(method, str):
+            from pruneval import methods
+
+            method = methods.build(method, params)
+        elif params:
+            raise UserError(f"parameters {sorted(params)} were given, but no method's name")
+        # lmms-eval deletes every attribute that is a module after generation, so the model stays inside its holder.
+        self.loaded = pretrained
+        self.method = method
+        self.batch_size = _positive(batch_size)
+        self.seed = int(seed)
+        self.max_new_tokens = int(max_new_tokens)
+        self.journal = journal
+        self.on_progress = on_progress or (lambda done, total: None)
+        self.rows: dict[str, dict[str, Any]] = {}
+        """What happened to each request, by key."""
+
+    # lmms-eval's contract ---------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """One answer per request, in order. Raises SampleFailure for the first request that cannot be answered."""
+        asked = [self._request(instance) for instance in requests]
+        known = self.journal.answers() if self.journal is not None else {}
+        for request in asked:
+            row = known.get(request.key)
+            if row is not None and row.get("request") == request.digest:
+                self.rows[request.key] = dict(row)
+        waiting = [request for request in asked if request.key not in self.rows]
+        done = len(asked) - len(waiting)
+        self.on_progress(done, len(asked))
+        if waiting:
+            with self._session() as session:
+                for batch in _batches(waiting, self.batch_size):
+                    rows = self._answer(batch, session)
+                    self.rows.update((row["key"], row) for row in rows)
+                    if self.journal is not None:
+                        self.journal.append(rows)
+                    done += len(batch)
+                    self.on_progress(done, len(asked))
+        return [self.rows[request.key]["answer"] for request in asked]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise UserError("this task scores likelihoods; pruneval evaluates generated answers only")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise UserError("this task talks in several rounds; pruneval evaluates single answers only")
+
+    # The steps --------------------------------------------------------------------------------------------------------
+
+    def prompts(self, requests: list[Instance]) -> list[str]:
+        """The exact text the processor gets for each request."""
+        return [self._encode([self._request(instance)])[0][0] for instance in requests]
+
+    def _request(self, instance: Instance) -> _Request:
+        context, build, options, doc_id, task, split = instance.args
+        rows = self.task_dict[task][split]
+        return _Request(f"{task}/{doc_id}", doc_id, context, options, lambda: build(rows[doc_id]))
+
+    def _session(self):
+        if self.method is None:
+            return nullcontext(None)
+        from pruneval.harness.session import pruned
+
+        return pruned(self.loaded.model, self.method, seed=self.seed)
+
+    def _answer(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
+        """Rows of a batch; when the batch fails, each sample is tried alone to find out which one it is."""
+        try:
+            return self._generate(batch, session)
+        except UserError:
+            raise
+        except Exception as error:
+            if len(batch) == 1:
+                raise SampleFailure(batch[0].key, _one_line(error)) from error
+            reason = _one_line(error)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        rows = [row for request in batch for row in self._answer([request], session)]
+        warnings.warn(f"a batch of {len(batch)} failed ({reason}); its samples were answered one by one", stacklevel=2)
+        return rows
+
+    def _generate(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
+        texts, images = self._encode(batch)
+        tokenizer = self.loaded.processor.tokenizer
+        inputs = self.loaded.processor(
+            images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.loaded.device, self.loaded.model.dtype)
+        if session is not None:
+            session.sample_keys = [request.key for request in batch]
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        arguments = generation_arguments(batch[0].options, self.max_new_tokens)
+        if self.loaded.model.generation_config.eos_token_id is None:
+            arguments["eos_token_id"] = tokenizer.eos_token_id
+        with torch.inference_mode():
+            output = self.loaded.model.generate(**inputs, **arguments, pad_token_id=pad)
+        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        budgets = [_budget(session, b) for b in range(len(batch))]
+        return [
+            {
+                "key": request.key,
+                "doc_id": request.doc_id,
+                "request": request.digest,
+                "prompt": text,
+                "prompt_hash": _digest(text),
+                "answer": answer,
+                **budget,
+            }
+            for request, text, answer, budget in zip(batch, texts, answers, budgets, strict=True)
+        ]
+
+    def _encode(self, batch: list[_Request]) -> tuple[list[str], list[Any]]:
+        """Chat texts of a batch and its images, flat, in the order of their placeholders."""
+        from lmms_eval.protocol import ChatMessages
+
+        texts, images = [], []
+        for request in batch:
+            chat = ChatMessages(messages=request.messages())
+            pictures, videos, sounds = chat.extract_media()
+            if videos or sounds:
+                raise UserError(f"sample {request.key} holds video or sound; only images are supported")
+            texts.append(
+                self.loaded.processor.apply_chat_template(
+                    chat.model_dump()["messages"], tokenize=False, add_generation_prompt=True
+                )
+            )
+            images.extend(pictures)
+        return texts, images
+
+
+def generation_arguments(options: Mapping[str, Any], max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
+    """A task's `generation_kwargs` as arguments of `generate`: greedy unless the task asks for a temperature.
+
+    Only what `generate` knows is passed on. `until` is not applied, as in lmms-eval's own chat wrapper.
+    """
+    temperature = options.get("temperature") or 0
+    sampling = {"temperature": temperature, "top_p": options.get("top_p")} if temperature > 0 else {}
+    return {
+        "do_sample": temperature > 0,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        **sampling,
+        "num_beams": options.get("num_beams") or 1,
+        "max_new_tokens": options.get("max_new_tokens") or max_new_tokens,
+    }
+
+
+def _batches(requests: list[_Request], size: int) -> Iterator[list[_Request]]:
+    """Requests with equal options together, the longest first (so that memory runs out early if at all)."""
+    groups: dict[str, list[_Request]] = {}
+    for request in requests:
+        groups.setdefault(json.dumps(request.options, sort_keys=True, default=str), []).append(request)
+    for group in groups.values():
+        group.sort(key=lambda request: (-len(request.context), request.doc_id))
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _budget(session: Any, sample: int) -> dict[str, float | None]:
+    if session is None:
+        return dict.fromkeys(("visual_tokens", "avg_in", "kept_after", "final", "keep"))
+    budget = session.trace.budget(sample)
+    return {
+        "visual_tokens": int(budget.visual),
+        "avg_in": float(budget.avg_in),
+        "kept_after": float(budget.kept_after),
+        "final": float(budget.final),
+        "keep": float(budget.keep),
+    }
+
+
+def _positive(batch_size: int | str) -> int:
+    try:
+        size = int(batch_size)
+    except ValueError:
+        raise UserError(f"batch size must be a whole number, not {batch_size!r}") from None
+    if size < 1:
+        raise UserError(f"batch size must be at least 1, not {size}")
+    return size
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

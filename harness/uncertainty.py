@@ -1,0 +1,53 @@
+"""Standard errors of scores that are means, and of scores that are not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 200
+
+
+def standard_error(values: Sequence[Any], aggregate: Callable[[list[Any]], float]) -> float | None:
+    """The standard error of `aggregate(values)`; None with fewer than two independent units.
+
+    Plain numbers are taken as a mean. Values that are mappings are resampled (bootstrap, fixed seed) in units of their
+    "question_id" (rows of one question are not independent), within each "category" (a category never goes missing).
+
+    Args:
+        values: per-sample values as a metric's aggregation gets them.
+        aggregate: lmms-eval's aggregation of that metric.
+    """
+    if len(values) < 2:
+        return None
+    if not isinstance(values[0], dict):
+        return float(np.std(np.asarray(values, dtype=float), ddof=1) / math.sqrt(len(values)))
+    strata = _units(values)
+    if sum(len(units) for units in strata) < 2:
+        return None
+    draw = np.random.default_rng(0)
+    scores = []
+    for _ in range(RESAMPLES):
+        sample: list[Any] = []
+        for units in strata:
+            for copy, index in enumerate(draw.integers(len(units), size=len(units))):
+                sample.extend(_renamed(value, copy) for value in units[index])
+        scores.append(aggregate(sample))
+    return float(np.std(scores, ddof=1))
+
+
+def _units(values: Sequence[dict]) -> list[list[list[dict]]]:
+    """Values by category, then by question."""
+    strata: dict[Hashable, dict[Hashable, list[dict]]] = {}
+    for index, value in enumerate(values):
+        units = strata.setdefault(value.get("category"), {})
+        units.setdefault(value.get("question_id", index), []).append(value)
+    return [list(units.values()) for units in strata.values()]
+
+
+def _renamed(value: dict, copy: int) -> dict:
+    """The value as a question of its own, so that drawing one question twice makes two questions."""
+    return {**value, "question_id": f"{value.get('question_id')}#{copy}"}

@@ -1,0 +1,206 @@
+"""The rows of the five pocket editions, drawn from the world: what each benchmark asks, in its own columns.
+
+Every maker takes (seed, number of questions) and returns its tables as lists of rows; images are uint8 arrays of shape
+(96, 96, 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pruneval.tasks.pocket import prompts
+from pruneval.tasks.pocket.questions import PAIR_CATEGORIES, Question, ask, choose, pair
+from pruneval.tasks.pocket.world import SHAPES, SIZE, Scene, draw, render
+
+Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+
+POPE_CATEGORIES = ("adversarial", "popular", "random")
+GQA_SKILLS = ("shape", "colour", "existence", "position")
+SCIENCE_SKILLS = ("shape", "colour", "position", "count", "digit")
+TEXT_DISSENT = 3
+"""At most so many of TextVQA's ten people give another answer; four who agree are enough for a full score."""
+
+
+def mme(seed: int, number: int) -> Tables:
+    """Pairs of one question to affirm and one to deny, the categories in turn, so that a first part has all of them."""
+    rows = []
+    for index in range(number // 2):
+        category = PAIR_CATEGORIES[index % len(PAIR_CATEGORIES)]
+        # Splits alternate by round of categories, so that every category has both.
+        turn = index // len(PAIR_CATEGORIES)
+        scene, questions = _until(_stream(seed, "mme", index), turn, lambda s, r, c=category: pair(s, r, c))
+        for question in questions:
+            rows.append(
+                {
+                    "question_id": f"{category}/{index:04d}.png",
+                    "image": render(scene),
+                    "question": prompts.mme_field(question),
+                    "answer": question.answer.capitalize(),
+                    "category": category,
+                }
+            )
+    return {"test": rows}
+
+
+def pope(seed: int, number: int) -> Tables:
+    """Per scene one thing that is there and one that is not, the three ways of choosing the absent one in turn."""
+    rows: list[Row] = []
+    for index in range(number // 2):
+        category = POPE_CATEGORIES[index % len(POPE_CATEGORIES)]
+
+        def both(scene: Scene, rng: np.random.Generator, category: str = category) -> list[Question] | None:
+            asked = [ask(scene, rng, "existence") for _ in range(24)]
+            yes = [q for q in asked if q is not None and q.answer == "yes"]
+            no = [q for q in asked if q is not None and q.answer == "no" and _samples(category, q, scene)]
+            return [yes[0], no[0]] if yes and no else None
+
+        scene, questions = _until(_stream(seed, "pope", index), index, both)
+        for question in questions:
+            rows.append(
+                {
+                    "id": str(len(rows)),
+                    "question_id": str(len(rows) + 1),
+                    "question": question.text,
+                    "answer": question.answer,
+                    "image_source": f"pocket_{index:06d}",
+                    "image": render(scene),
+                    "category": category,
+                }
+            )
+    return {"test": rows}
+
+
+def gqa(seed: int, number: int) -> Tables:
+    """An image table, and for each image one question of every skill."""
+    images, rows = [], []
+    for index in range(-(-number // len(GQA_SKILLS))):
+
+        def all_skills(scene: Scene, rng: np.random.Generator) -> list[Question] | None:
+            asked = [ask(scene, rng, skill) for skill in GQA_SKILLS]
+            return None if None in asked else asked
+
+        scene, questions = _until(_stream(seed, "gqa", index), index, all_skills)
+        image = f"n{index:06d}"
+        images.append({"id": image, "image": render(scene)})
+        rows.extend(_gqa_row(question, image, f"{index:06d}{turn}") for turn, question in enumerate(questions))
+    return {"testdev": rows[:number], "images": images}
+
+
+def scienceqa(seed: int, number: int) -> Tables:
+    """Multiple-choice questions of five skills in turn."""
+    rows = []
+    for index in range(number):
+        skill = SCIENCE_SKILLS[index % len(SCIENCE_SKILLS)]
+        rng = _stream(seed, "scienceqa", index)
+        scene, question = _until(rng, index, lambda s, r, skill=skill: ask(s, r, skill))
+        question = choose(question, rng)
+        right = question.choices[question.letter_index]
+        rows.append(
+            {
+                "image": render(scene),
+                "question": question.text,
+                "choices": list(question.choices),
+                "answer": question.letter_index,
+                "hint": question.hint,
+                "task": "closed choice",
+                "grade": "grade1",
+                "subject": "natural science",
+                "topic": "pocket world",
+                "category": skill,
+                "skill": f"Tell the {skill} of things in a picture",
+                "lecture": "",
+                "solution": f"The picture shows that the answer is {right}.",
+            }
+        )
+    return {"test": rows}
+
+
+def textvqa(seed: int, number: int) -> Tables:
+    """Numbers to be read, with the answers of ten people of whom at most three misread."""
+    rows = []
+    for index in range(number):
+        rng = _stream(seed, "textvqa", index)
+        scene, question = _until(rng, index, lambda s, r: ask(s, r, "digit"))
+        wrong = [option for option in question.options if option != question.answer]
+        dissent = int(rng.integers(TEXT_DISSENT + 1))
+        people = [question.answer] * (10 - dissent) + [str(rng.choice(wrong)) for _ in range(dissent)]
+        rows.append(
+            {
+                "image_id": f"pocket{index:012d}",
+                "question_id": index,
+                "question": question.text,
+                "question_tokens": question.text.lower().rstrip("?").split(),
+                "image": render(scene),
+                "image_width": SIZE,
+                "image_height": SIZE,
+                "flickr_original_url": "",
+                "flickr_300k_url": "",
+                "answers": [people[i] for i in rng.permutation(10)],
+                "image_classes": sorted({"Number" if thing.is_digit else "Shape" for thing in scene.things}),
+                "set_name": "val",
+                "ocr_tokens": [thing.kind for thing in scene.things if thing.is_digit],
+            }
+        )
+    return {"validation": rows}
+
+
+MAKERS: dict[str, Callable[[int, int], Tables]] = {
+    "mme": mme,
+    "gqa": gqa,
+    "pope": pope,
+    "scienceqa": scienceqa,
+    "textvqa": textvqa,
+}
+
+
+def _stream(seed: int, edition: str, index: int) -> np.random.Generator:
+    """A stream of its own for every item, so that an item does not change when the number of items does."""
+    return np.random.default_rng([seed, *edition.encode(), index])
+
+
+def _until(rng: np.random.Generator, index: int, question: Callable[[Scene, np.random.Generator], Any]) -> tuple:
+    """Draw scenes, of the test and held-out splits in turn, until one allows the question."""
+    while True:
+        scene = draw(rng, ("test", "heldout")[index % 2])
+        asked = question(scene, rng)
+        if asked is not None:
+            return scene, asked
+
+
+def _samples(category: str, question: Question, scene: Scene) -> bool:
+    """Whether POPE's way of choosing absent things would choose the one this question asks about.
+
+    adversarial: its kind and its colour are both in the image, but on different things. popular: a shape, as most
+    things are. random: anything.
+    """
+    words = question.text.removeprefix("Is there a ").removesuffix(" in the image?").split()
+    kind = words[-1]
+    if category == "adversarial":
+        colours = {thing.colour for thing in scene.things}
+        return len(words) > 1 and words[0] in colours and any(thing.kind == kind for thing in scene.things)
+    return category == "random" or kind in SHAPES
+
+
+def _gqa_row(question: Question, image: str, identity: str) -> Row:
+    structural = "verify" if question.skill == "existence" else "query"
+    semantic = {"shape": "cat", "colour": "attr", "existence": "obj", "position": "rel"}[question.skill]
+    argument = question.text.rstrip("?")
+    return {
+        "id": identity,
+        "imageId": image,
+        "question": question.text,
+        "answer": question.answer,
+        "fullAnswer": question.answer.capitalize() + ".",
+        "isBalanced": True,
+        "groups": {"global": question.skill, "local": f"{question.skill}-{image}"},
+        "entailed": "",
+        "equivalent": identity,
+        "types": {"structural": structural, "semantic": semantic, "detailed": question.skill},
+        "annotations": {"question": [], "answer": [], "fullAnswer": []},
+        "semantic": [{"operation": structural, "argument": argument, "dependencies": []}],
+        "semanticStr": f"{structural}: {argument}",
+    }
