@@ -13,6 +13,8 @@ from pruneval.harness.errors import UserError
 
 FAMILIES = ("internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_5_vl", "video_llava")
 
+OWN = "one tile (or 16 x 16 tokens) and 75 others; no published length"
+
 
 def dimensions_of(config: Any, name: str | None = None) -> Dimensions:
     """Read the dimensions off a transformers config.
@@ -33,15 +35,17 @@ def dimensions_of(config: Any, name: str | None = None) -> Dimensions:
         merge = tower.spatial_merge_size**2
         projector = Projector(vision.hidden * merge, vision.hidden * merge, decoder.hidden, vision.hidden, merge)
         side = tower.spatial_merge_size
-        return Dimensions(**common, projector=projector, input=Input(grid=(1, 16 * side, 16 * side)))
+        return Dimensions(**common, projector=projector, input=Input(grid=(1, 16 * side, 16 * side), source=OWN))
     if family == "internvl":
         merge = round(1 / config.downsample_ratio**2)
         projector = Projector(vision.hidden * merge, decoder.hidden, decoder.hidden, 2 * vision.hidden * merge, merge)
         per = vision.patches // merge
-        return Dimensions(**common, projector=projector, tile=(per, per), frame=(per, per), input=Input(tiles=1))
+        return Dimensions(
+            **common, projector=projector, tile=(per, per), frame=(per, per), input=Input(tiles=1, source=OWN)
+        )
     projector = Projector(vision.hidden, decoder.hidden, decoder.hidden)
     per = vision.patches if config.vision_feature_select_strategy == "default" else full
-    common |= {"projector": projector, "input": Input(tiles=1), "tile": (per, per)}
+    common |= {"projector": projector, "input": Input(tiles=1, source=OWN), "tile": (per, per)}
     if family == "llava_onevision":
         side = -(-int(vision.patches**0.5) // 2)
         return Dimensions(**common, newline=True, frame=(side * side, per), frame_extra=1)

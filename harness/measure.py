@@ -11,11 +11,13 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pruneval import methods
 from pruneval.harness import conventions, published
 from pruneval.harness.dimensions import Dimensions, load
+from pruneval.harness.dimensions_config import dimensions_of
 from pruneval.harness.errors import UserError, unknown
 from pruneval.harness.flops import Lengths, ledger, lengths_of
 from pruneval.harness.kv_cache import kv_bytes, kv_bytes_full_heads, kv_ratio
@@ -37,7 +39,7 @@ def implied(
     """The implied cost of one sample, from declared lengths.
 
     Args:
-        model: a shipped model's name.
+        model: a shipped model's name, or a folder with a transformers `config.json`.
         method: a method's name.
         params: its parameters.
         convention: what `tflops` and `tmacs` mean.
@@ -51,7 +53,7 @@ def implied(
         `model`, `method`, `params`, `signature`, what `cost` returns, `unpruned_tflops` and `lengths_from`.
     """
     conventions.convention(convention)
-    dimensions = load(model)
+    dimensions = _dimensions(model)
     built = _build(method, params)
     whole = lengths_of(
         dimensions, tiles=tiles, frames=frames, visual=visual_tokens, text=text_tokens, new_tokens=new_tokens
@@ -120,6 +122,15 @@ def cost(
         "scoring": {work.name: work.macs for work in lengths.scoring},
         "not_counted": [*chosen.not_counted(counted), *left],
     }
+
+
+def _dimensions(model: str) -> Dimensions:
+    """Shipped facts, or those of a model in a folder; only the latter needs transformers."""
+    if not Path(model, "config.json").is_file():
+        return load(model)
+    from transformers import AutoConfig
+
+    return dimensions_of(AutoConfig.from_pretrained(model, local_files_only=True), name=model)
 
 
 def _build(method: str, params: Mapping[str, Any] | None) -> Any:

@@ -163,6 +163,23 @@ def test_observed_lengths_cost_what_declared_ones_do():
     assert ledger(dimensions, lengths_of(dimensions, per_layer)).llm_linear == declared["macs"]["llm_linear"]
 
 
+def test_a_folder_with_a_config_is_a_model(tmp_path):
+    text = {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "vocab_size": 256,
+    }
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    vision |= {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14}
+    text |= {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 2}
+    config = {"model_type": "llava", "text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = measure.implied(str(tmp_path), "fastv", {"layer": 1})
+    assert (found["visual"], found["per_layer"]) == (16, [16, 8, 8, 8])
+
+
 def test_under_two_seconds_and_without_torch():
     code = (
         "import sys; from pruneval.harness import measure; measure.implied('llava-1.5-7b', 'fastv', {'keep': '0.5'});"
