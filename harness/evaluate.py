@@ -10,38 +10,19 @@ import functools
 import tempfile
 import warnings
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruneval.harness.errors import SampleFailure, UserError
-from pruneval.harness.uncertainty import standard_error
+from pruneval.harness.outcome import Outcome, samples_of, scores_of
 from pruneval.tasks import Benchmark
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from pruneval.harness.lmms_model import Journal
 
 PROMPT_KEY = "pruneval"
 """The model name tasks see: none of them knows it, so every task uses its default prompt."""
-
-SAMPLE_COLUMNS = (
-    "doc_id", "prompt_hash", "prompt", "answer", "correct", "target",
-    "visual_tokens", "avg_in", "kept_after", "final", "keep", "error",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one evaluation gives."""
-
-    scores: dict[str, dict[str, Any]]
-    """metric -> {"value", "n", "stderr"}, unscaled: the benchmark's own metric, then every number lmms-eval gave."""
-    samples: pd.DataFrame
-    """One row per request, in document order, with `SAMPLE_COLUMNS`."""
 
 
 def evaluate(
@@ -100,8 +81,8 @@ def evaluate(
                 cause = error.last_attempt.exception()
                 raise RuntimeError(f"scoring {benchmark.name} failed: {type(cause).__name__}: {cause}") from cause
     logged = sorted(results["samples"][benchmark.task], key=lambda sample: sample["doc_id"])
-    scores = _scores(results["results"][benchmark.task], logged, task.aggregation(), benchmark)
-    return Outcome(scores, _table(logged, lm.rows, benchmark))
+    scores = scores_of(results["results"][benchmark.task], logged, task.aggregation(), benchmark)
+    return Outcome(scores, samples_of(logged, lm.rows, benchmark))
 
 
 def preview(benchmark: Benchmark, loaded: Any, limit: int | None = None) -> list[str]:
@@ -218,72 +199,13 @@ def _whole_groups(task: Any, benchmark: Benchmark, limit: int | None) -> int | N
     return best
 
 
-def _scores(
-    result: dict[str, Any], logged: list[dict], aggregations: dict[str, Callable], benchmark: Benchmark
-) -> dict[str, dict[str, Any]]:
-    missing = [key for key in benchmark.keys if not isinstance(result.get(key), (int, float))]
-    if missing:
-        raise UserError(
-            f"benchmark {benchmark.name!r}: no question among the first {len(logged)} counts towards "
-            f"{', '.join(missing)}; use a larger limit"
-        )
-    scores: dict[str, dict[str, Any]] = {}
-    for key, value in result.items():
-        metric = key.split(",")[0]
-        if metric not in aggregations or not isinstance(value, (int, float)):
-            continue
-        values = [sample[metric] for sample in logged if metric in sample]
-        scores[key] = {
-            "value": float(value),
-            "n": len(values),
-            "stderr": standard_error(values, aggregations[metric]),
-        }
-    if benchmark.metric not in scores:
-        # The parts are scored on different questions, so their errors are independent.
-        parts = [scores[key] for key in benchmark.keys]
-        errors = [part["stderr"] for part in parts]
-        total = {
-            "value": sum(part["value"] for part in parts),
-            "n": sum(part["n"] for part in parts),
-            "stderr": None if None in errors else sum(error**2 for error in errors) ** 0.5,
-        }
-        return {benchmark.metric: total, **scores}
-    return {benchmark.metric: scores.pop(benchmark.metric), **scores}
-
-
-def _table(logged: list[dict], rows: dict[str, dict[str, Any]], benchmark: Benchmark) -> pd.DataFrame:
-    import pandas as pd
-
-    metrics = [key.split(",")[0] for key in benchmark.keys]
-    table = []
-    for sample in logged:
-        row = rows[f"{benchmark.task}/{sample['doc_id']}"]
-        value = next(sample[metric] for metric in metrics if metric in sample)
-        table.append(
-            {
-                **{column: row.get(column) for column in SAMPLE_COLUMNS},
-                "correct": float(value["score"] if isinstance(value, dict) else value),
-                "target": _target(sample),
-            }
-        )
-    return pd.DataFrame(table, columns=list(SAMPLE_COLUMNS))
-
-
-def _target(sample: dict[str, Any]) -> str:
-    """The gold answer; of several people's answers (TextVQA) the most frequent, as the task itself logs none."""
-    people = sample["doc"].get("answers")
-    if isinstance(people, list) and people:
-        return Counter(map(str, people)).most_common(1)[0][0]
-    return str(sample["target"])
-
-
 def _hidden(bar: Callable, *args: Any, **options: Any) -> Any:
     return bar(*args, **{**options, "disable": True})
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lmms-eval without its log lines, progress bars and global warning filters, and offline-safe."""
+    """lmms-eval without its log lines and progress bars; importing it leaves the process's warning filters alone."""
     from loguru import logger
 
     logger.disable("lmms_eval")
@@ -291,18 +213,17 @@ def _quiet() -> Iterator[None]:
         import datasets
         import lmms_eval.api.task as task_module
         import lmms_eval.evaluator as evaluator_module
-
-        bars_shown = datasets.is_progress_bar_enabled()
-        datasets.disable_progress_bars()
-        modules = (task_module, evaluator_module)
-        bars = [module.tqdm for module in modules]
+    bars_shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    modules = (task_module, evaluator_module)
+    bars = [module.tqdm for module in modules]
+    for module, bar in zip(modules, bars, strict=True):
+        module.tqdm = functools.partial(_hidden, bar)
+    try:
+        yield
+    finally:
         for module, bar in zip(modules, bars, strict=True):
-            module.tqdm = functools.partial(_hidden, bar)
-        try:
-            yield
-        finally:
-            for module, bar in zip(modules, bars, strict=True):
-                module.tqdm = bar
-            if bars_shown:
-                datasets.enable_progress_bars()
-            logger.enable("lmms_eval")
+            module.tqdm = bar
+        if bars_shown:
+            datasets.enable_progress_bars()
+        logger.enable("lmms_eval")
