@@ -1,0 +1,117 @@
+"""What the engine has to know about a model family: where things are, and how the vision tower's view maps to the prompt's visual tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from pruneval.methods.base import Method, MethodError, Shape
+
+
+class Adapter(ABC):
+    """One model family, by its stock transformers class. A subclass names modules and token ids and holds no state but the model.
+
+    The defaults fit transformers' composition `model.model.{vision_tower, multi_modal_projector, language_model}`.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    has_cls: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        self.model = model
+        self.processor = processor
+        self.config = model.config
+
+    # The language model
+
+    @property
+    def text_model(self) -> nn.Module:
+        """The decoder stack, called with `inputs_embeds`."""
+        return self.model.model.language_model
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        return list(self.text_model.layers)
+
+    @property
+    def rotary(self) -> nn.Module:
+        """The rotary embedding: (hidden states, position ids) -> (cos, sin)."""
+        return self.text_model.rotary_emb
+
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module of a decoder layer."""
+        return self.decoder_layers[layer].self_attn
+
+    def attention_norm(self, layer: int) -> nn.Module:
+        """The norm before the attention of a decoder layer."""
+        return self.decoder_layers[layer].input_layernorm
+
+    def visual_mask(self, input_ids: Tensor) -> Tensor:
+        """(B, S) which tokens of a prompt are placeholders of visual features."""
+        return input_ids == self.config.image_token_id
+
+    # The vision side
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        """The vision encoder."""
+        return self.model.model.vision_tower
+
+    @property
+    @abstractmethod
+    def vision_layers(self) -> list[nn.Module]:
+        """The encoder's layers, in order."""
+
+    def vision_attention(self, layer: int) -> nn.Module:
+        """The attention module of an encoder layer."""
+        return self.vision_layers[layer].self_attn
+
+    @property
+    def feature_layer(self) -> int:
+        """The encoder layer (0-based) whose output is projected; `hidden_states[0]` is the input of layer 0."""
+        index = self.config.vision_feature_layer
+        return index - 1 if index >= 0 else len(self.vision_layers) + index
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(m, d_v) tower outputs as (m, d) language-model inputs."""
+        return self.model.model.multi_modal_projector(hidden)
+
+    @abstractmethod
+    def visions(self, counts: list[int], calls: dict[int, list[Any]], hidden: dict[int, Tensor]) -> list[Any]:
+        """The vision tower's view of each sample.
+
+        Args:
+            counts: visual tokens of each sample.
+            calls: recorded attention calls (`pruneval.harness.attention.Call`), by encoder layer.
+            hidden: outputs of the encoder layers asked for, by layer.
+        """
+
+    # What fits together
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes methods may depend on."""
+        text = self.model.config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return Shape(
+            layers=len(self.decoder_layers),
+            hidden=text.hidden_size,
+            heads=text.num_attention_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            vision_layers=len(self.vision_layers),
+            feature_layer=self.feature_layer,
+            has_cls=self.has_cls,
+        )
+
+    def supports(self, method: Method) -> str | None:
+        """None, or the reason why the method can't run on this model."""
+        try:
+            method.needs(self.shape)
+        except MethodError as error:
+            return str(error)
+        return None

@@ -1,0 +1,217 @@
+"""One prompt on its way through the decoder: it is read once (`enter`, layer by layer, then `finish`) and then continued (`decode`)."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pruneval.harness.errors import UserError
+from pruneval.harness.layout import Layout, Tokens, Trace
+from pruneval.harness.stream import Stream, prompt_layout, starts
+from pruneval.methods.base import MethodError, Reduction, Step
+
+if TYPE_CHECKING:
+    from pruneval.harness.attention import HeadAttention
+    from pruneval.harness.session import Session
+
+
+class Prefill:
+    """The state of one prompt batch. Born at prefill, replaced by the next one.
+
+    Attributes:
+        trace: the layouts so far.
+        done: whether the prompt has been read.
+    """
+
+    def __init__(self, session: Session, ids: Tensor, mask: Tensor | None, cache: Any) -> None:
+        """
+        Args:
+            session: the running block.
+            ids: (B, S) prompt ids.
+            mask: (B, S) padding mask, or None.
+            cache: the empty KV cache, or None.
+        """
+        self.session, self.ids, self.cache = session, ids, cache
+        self.visual = session.adapter.visual_mask(ids)
+        self.real = torch.ones_like(self.visual) if mask is None else mask.bool()
+        self.active = bool(self.visual.any()) and bool(session.needs)
+        if self.active and bool((self.real[:, :-1] & ~self.real[:, 1:]).any()):
+            raise UserError("pruning needs left padding: set the tokenizer's padding_side to left")
+        self.done = False
+        self.streams: dict[int, Stream] = {}
+        self.stream: Stream | None = None
+        self.memory: list[dict[str, Any]] = [{} for _ in range(ids.shape[0])]
+        self.trace: Trace
+        self.embeddings: Tensor
+
+    # Reading the prompt
+
+    def enter(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any] | None]:
+        """The hidden states and the changed arguments of decoder layer `index`; None for the latter when nothing changes."""
+        if index == 0:
+            self._start(hidden)
+        if self.active and index in self.session.needs:
+            hidden = self._reduce(index, hidden, kwargs)
+        self.session.recorder.on = self.active
+        if self.stream is None:
+            return hidden, None
+        self.streams[index] = self.stream
+        width = self.stream.layout.width
+        return hidden, {
+            "attention_mask": self.stream.mask(width, width, hidden.dtype),
+            "position_embeddings": self.stream.rotation(hidden),
+            "position_ids": None,
+        }
+
+    def finish(self) -> None:
+        """Closes the trace and compares it with the cache. Raises: RuntimeError when they differ."""
+        self.done = True
+        self.session.recorder.on = False
+        if self.cache is None or not self.active:
+            return
+        lengths = [self.cache.layers[layer].keys.shape[-2] for layer in range(self.trace.layers)]
+        expected = [self.streams[layer].layout.width if layer in self.streams else self.ids.shape[1] for layer in range(self.trace.layers)]
+        if lengths != expected:
+            raise RuntimeError(f"the trace says {expected} cached tokens per layer, the cache holds {lengths}")
+
+    def _start(self, hidden: Tensor) -> None:
+        position = self.session.rotary_position
+        batch, length = self.ids.shape
+        position = position.expand(*position.shape[:-2], batch, length)
+        self.trace = Trace(prompt_layout(self.visual, self.real, position), self.session.shape.layers)
+        self.embeddings = hidden
+        self.last_position = position[..., -1].reshape(-1, batch).amax(0)
+
+    def _reduce(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        before = self.trace.layouts[-1] if self.trace.layouts else self.trace.prompt
+        pads = starts(before, hidden.shape[1])
+        upcoming = functools.cache(functools.partial(self._peek, index, hidden, kwargs))
+        results: list[Reduction | None] = []
+        for row, tokens in enumerate(before.samples):
+            if not bool(tokens.visual.any()):
+                results.append(None)
+                continue
+            step = self._step(index, row, tokens, hidden[row, pads[row] :], pads[row], upcoming)
+            results.append(self._checked(self.session.method.reduce(step), tokens))
+        if all(result is None for result in results):
+            return hidden
+        keeps = [
+            torch.arange(len(tokens), device=hidden.device) if result is None else result.keep.to(hidden.device)
+            for result, tokens in zip(results, before.samples, strict=True)
+        ]
+        compact = self.session.method.position_ids == "compact"
+        samples = tuple(self._after(row, tokens, keeps[row], results[row], compact) for row, tokens in enumerate(before.samples))
+        layout = Layout(index, samples)
+        self.trace.layouts.append(layout)
+        kernel = self.session.adapter.text_model.config._attn_implementation
+        self.stream = Stream(layout, kernel, self.session.adapter.rotary.forward, self.last_position, hidden.device)
+        out = self.stream.gather(hidden, keeps, pads)
+        for row, result in enumerate(results):
+            if result is not None and result.slots is not None:
+                out[row, out.shape[1] - len(keeps[row]) + result.slots.to(out.device)] = result.values.to(out)
+        return out
+
+    def _after(self, row: int, tokens: Tokens, keep: Tensor, result: Reduction | None, compact: bool) -> Tokens:
+        origin, made = tokens.origin[keep], tokens.made[keep]
+        if result is not None and result.slots is not None:
+            slots = result.slots.to(made.device)
+            made[slots] = True
+            if result.added is not None:
+                new = slots[result.added.to(made.device)]
+                first = max(int(tokens.origin.max()) + 1, len(self.trace.prompt.samples[row]))
+                origin[new] = torch.arange(first, first + len(new), device=made.device)
+        if compact and result is not None:
+            position = torch.arange(len(keep), device=keep.device).expand(*tokens.position.shape[:-1], -1)
+        else:
+            position = tokens.position[..., keep]
+        return Tokens(origin, tokens.visual[keep], made, position)
+
+    def _checked(self, result: Reduction | None, tokens: Tokens) -> Reduction | None:
+        if result is None:
+            return None
+        name = self.session.method.card.name
+        inherited = torch.ones(len(result.keep), dtype=torch.bool)
+        if result.slots is not None and result.added is not None:
+            inherited[result.slots[result.added].cpu()] = False
+        index = result.keep.cpu()[inherited]
+        text = (~tokens.visual).nonzero().squeeze(-1).cpu()
+        if len(index.unique()) != len(index):
+            raise MethodError(f"{name}: a token would go on twice")
+        if not bool(torch.isin(text, index).all()):
+            raise MethodError(f"{name}: text tokens may not be dropped")
+        return result
+
+    # What a method sees
+
+    def _step(self, index: int, row: int, tokens: Tokens, hidden: Tensor, pad: int, upcoming: Callable[[], Any]) -> Step:
+        session, need = self.session, self.session.needs[index]
+        prompt = self.trace.prompt.samples[row]
+        start = self.embeddings.shape[1] - len(prompt)
+        key = self._key(row)
+        return Step(
+            layer=index,
+            hidden=hidden,
+            origin=tokens.origin,
+            visual=tokens.visual.nonzero().squeeze(-1),
+            total=int(prompt.visual.sum()),
+            shape=session.shape,
+            embeddings=self.embeddings[row, start:],
+            spans=(),
+            generator=lambda: session.generator(key, index),
+            seen={layer: self._seen(layer, row) for layer in need.attention},
+            vision=self._visions[row] if need.vision else None,
+            upcoming=(lambda: upcoming().sample(row, pad, tokens.origin)) if need.next else None,
+            memory=self.memory[row],
+        )
+
+    def _seen(self, layer: int, row: int) -> HeadAttention:
+        """The attention of an earlier layer, over the tokens that entered it."""
+        call = self.session.recorder.calls[("text", layer)][-1]
+        tokens = self.trace.entering(layer).samples[row]
+        return call.sample(row, call.query.shape[2] - len(tokens), tokens.origin)
+
+    def _peek(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
+        adapter = self.session.adapter
+        rotation = kwargs["position_embeddings"] if self.stream is None else self.stream.rotation(hidden)
+        normed = adapter.attention_norm(index)(hidden)
+        return self.session.recorder.peek(("text", index), adapter.attention(index), hidden_states=normed, position_embeddings=rotation)
+
+    @functools.cached_property
+    def _visions(self) -> list[Any]:
+        session = self.session
+        calls = {key[1]: value for key, value in session.recorder.calls.items() if key[0] == "vision"}
+        counts = [int(tokens.visual.sum()) for tokens in self.trace.prompt.samples]
+        encoded = sum(sum(lengths) for _, lengths in session.encoded)
+        beams = sum(counts) // encoded if encoded else 0
+        if not encoded or sum(counts) != beams * encoded:
+            raise UserError(f"{session.method.card.name} reads the vision tower, so the images must be encoded within the pruned() block")
+        views = session.adapter.visions(counts[::beams], calls, session.vision_hidden)
+        return [views[row // beams] for row in range(len(counts))]
+
+    def _key(self, row: int) -> str:
+        keys = self.session.sample_keys
+        if keys is None:
+            ids = self.ids[row][self.real[row]].tolist()
+            return hashlib.sha256(repr(ids).encode()).hexdigest()
+        if not keys or len(self.memory) % len(keys):
+            raise UserError(f"session.sample_keys names {len(keys)} samples, the batch has {len(self.memory)}")
+        return keys[row // (len(self.memory) // len(keys))]
+
+    # Continuing it
+
+    def decode(self, index: int, hidden: Tensor, position: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """The changed arguments of decoder layer `index` at a decode step; None when nothing changes."""
+        stream = self.streams.get(index)
+        if stream is None:
+            return None
+        queries = hidden.shape[1]
+        keys = queries + kwargs["past_key_values"].layers[index].keys.shape[-2]
+        changed = {"attention_mask": stream.mask(queries, keys, hidden.dtype), "position_ids": None}
+        if stream.shift is not None:
+            changed["position_embeddings"] = stream.decode_rotation(hidden, position)
+        return changed

@@ -1,0 +1,205 @@
+"""`with pruned(model, method) as session:` runs a stock transformers model with visual-token pruning, and leaves no trace of it afterwards.
+
+Forward pre-hooks see what enters the model, its text decoder and each decoder layer. At the boundaries the method names, every sample's stream goes
+through `method.reduce`; the survivors are gathered and from there on layers get their own mask and rotation. A decoder layer's KV cache therefore
+holds exactly the tokens that entered the layer, and decode steps get a mask and a rotation that fit it. Nothing else of the model changes: while no
+sample has been reduced, layers get what the model passed them.
+
+Full-sequence logits of a pruned forward are as long as the last layer's stream (left-padded).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruneval.harness.adapters import Adapter, adapter_for
+from pruneval.harness.attention import Recorder, watching
+from pruneval.harness.errors import UserError
+from pruneval.harness.layout import Trace
+from pruneval.harness.prefill import Prefill
+from pruneval.methods.base import Method
+
+_ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def pruned(model: nn.Module, method: Method, seed: int = 0, adapter: Adapter | None = None) -> Iterator[Session]:
+    """Prunes visual tokens in every forward of `model` within the block.
+
+    Args:
+        model: a stock transformers model of a supported family.
+        method: what `pruneval.methods.build` returns.
+        seed: the run's seed, from which the randomness of a method comes.
+        adapter: the model's adapter, found by its model type when not given.
+
+    Raises:
+        UserError: when the pair is not supported, with the reason.
+    """
+    adapter = adapter or adapter_for(model)
+    reason = adapter.supports(method)
+    if reason:
+        raise UserError(reason)
+    if model in _ACTIVE:
+        raise UserError("this model is already in a pruned() block; leave it first")
+    session = Session(adapter, method, seed)
+    with ExitStack() as stack:
+        _ACTIVE.add(model)
+        stack.callback(_ACTIVE.discard, model)
+        session.install(stack)
+        yield session
+
+
+class Session:
+    """A running `pruned` block.
+
+    Attributes:
+        sample_keys: names of the samples of the next `generate`, which seed a method's randomness; without them the prompt's ids do.
+        trace: the trace of the last prefill, or None before the first.
+    """
+
+    def __init__(self, adapter: Adapter, method: Method, seed: int) -> None:
+        self.adapter, self.method, self.seed = adapter, method, seed
+        self.sample_keys: Sequence[str] | None = None
+        self.trace: Trace | None = None
+        self.shape = adapter.shape
+        self.needs = method.needs(self.shape)
+        self.recorder = Recorder()
+        self.encoded: list[tuple[dict[str, Any], list[int]]] = []
+        self.vision_hidden: dict[int, Tensor] = {}
+        self.rotary_position: Tensor | None = None
+        self._input_ids: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._prefill: Prefill | None = None
+        self._uncached: Tensor | None = None
+
+    def install(self, stack: ExitStack) -> None:
+        """Puts the hooks in place; `stack` removes them."""
+        adapter = self.adapter
+        self.recorder = stack.enter_context(watching(self._watched()))
+        for kind in ("get_image_features", "get_video_features"):
+            self._wrap_encoder(kind, stack)
+        pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
+        handles = [
+            pre(adapter.model, self._before_model),
+            pre(adapter.text_model, self._before_text),
+            pre(adapter.rotary, self._before_rotary),
+            adapter.text_model.register_forward_hook(self._after_text),
+        ]
+        for index, layer in enumerate(adapter.decoder_layers):
+            handles.append(pre(layer, functools.partial(self._before_layer, index)))
+        for index in sorted({layer for need in self.needs.values() for layer in need.vision}):
+            handles.append(adapter.vision_layers[index].register_forward_hook(functools.partial(self._after_vision_layer, index)))
+        for handle in handles:
+            stack.callback(handle.remove)
+
+    def _watched(self) -> dict[Any, nn.Module]:
+        watched: dict[Any, nn.Module] = {}
+        for layer, need in self.needs.items():
+            watched |= {("text", index): self.adapter.attention(index) for index in need.attention}
+            watched |= {("vision", index): self.adapter.vision_attention(index) for index in need.vision}
+            if need.next:
+                watched[("text", layer)] = self.adapter.attention(layer)
+        return watched
+
+    def _wrap_encoder(self, name: str, stack: ExitStack) -> None:
+        """Notes what goes through the inner model's encoding function: its keyword arguments and the tokens of each item."""
+        inner = self.adapter.model.model
+        original = getattr(inner, name, None)
+        if original is None:
+            return
+
+        @functools.wraps(original)
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            self.vision_hidden.clear()
+            self.recorder.calls.clear()
+            self.recorder.on = True
+            try:
+                out = original(*args, **kwargs)
+            finally:
+                self.recorder.on = False
+            features = out.pooler_output
+            lengths = [item.shape[:-1].numel() for item in features]
+            self.encoded.append((kwargs, lengths))
+            return out
+
+        setattr(inner, name, encode)
+        stack.callback(delattr, inner, name)
+
+    # What enters the model
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._input_ids = args[0] if args else kwargs.get("input_ids")
+
+    def _before_rotary(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.rotary_position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+
+    def _after_vision_layer(self, index: int, module: nn.Module, args: tuple, output: Any) -> None:
+        self.vision_hidden[index] = output[0] if isinstance(output, tuple) else output
+
+    def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        self._mask = kwargs.get("attention_mask")
+        if cache is not None and cache.get_seq_length() > 0:
+            self._check_decode()
+            return
+        ids = self._input_ids
+        if ids is None:
+            raise UserError("a pruned model needs input_ids, not inputs_embeds: they say which tokens are visual")
+        if cache is None:
+            self._check_uncached(ids)
+        self._prefill = Prefill(self, ids, self._mask, cache)
+
+    def _check_decode(self) -> None:
+        if self._prefill is None:
+            raise UserError("the prompt was not read within this pruned() block, so its cache can't be continued here")
+        ids = self._input_ids  # one id may be a placeholder by accident: a model can generate it
+        if ids is not None and ids.shape[1] > 1 and bool(self.adapter.visual_mask(ids).any()):
+            raise UserError("visual tokens after the first forward (chunked prefill, a second turn) are not supported while pruning")
+
+    def _check_uncached(self, ids: Tensor) -> None:
+        before, self._uncached = self._uncached, ids
+        if self.needs and before is not None and ids.shape[0] == before.shape[0] and ids.shape[1] == before.shape[1] + 1:
+            if torch.equal(ids[:, :-1], before):
+                raise UserError("generate(use_cache=False) would choose the visual tokens anew at every step; leave the cache on while pruning")
+
+    # What enters a decoder layer
+
+    def _before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        run = self._prefill
+        if run is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if run.done:
+            changed = run.decode(index, hidden, self.rotary_position, kwargs)
+        else:
+            hidden, changed = run.enter(index, hidden, kwargs)
+        if changed is None:
+            return None
+        return (hidden,), {name: value for name, value in (kwargs | changed).items() if name != "hidden_states"}
+
+    def _after_text(self, module: nn.Module, args: tuple, output: Any) -> None:
+        run = self._prefill
+        if run is None or run.done:
+            return
+        run.finish()
+        self.trace = run.trace
+        self.encoded.clear()
+        self.vision_hidden.clear()
+        self.recorder.calls.clear()
+        self.sample_keys = None
+
+    # Randomness
+
+    def generator(self, key: str, layer: int) -> torch.Generator:
+        """A private generator (CPU) for one sample at one boundary, whatever the batch looks like."""
+        parts = (str(self.seed), str(self.method.params.get("seed", 0)), key, str(layer))
+        digest = hashlib.sha256("\x1f".join(parts).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
