@@ -184,13 +184,13 @@ class Prefill:
     @functools.cached_property
     def _visions(self) -> list[Any]:
         session = self.session
-        calls = {key[1]: value for key, value in session.recorder.calls.items() if key[0] == "vision"}
-        counts = [int(tokens.visual.sum()) for tokens in self.trace.prompt.samples]
-        encoded = sum(sum(lengths) for _, lengths in session.encoded)
+        placeholders = [ids[visual] for ids, visual in zip(self.ids, self.visual, strict=True)]
+        counts = [len(ids) for ids in placeholders]
+        encoded = sum(sum(encoding.lengths) for encoding in session.encoded)
         beams = sum(counts) // encoded if encoded else 0
         if not encoded or sum(counts) != beams * encoded:
             raise UserError(f"{session.method.card.name} reads the vision tower, so the images must be encoded within the pruned() block")
-        views = session.adapter.visions(counts[::beams], calls, session.vision_hidden)
+        views = session.adapter.visions(placeholders[::beams], session.encoded)
         return [views[row // beams] for row in range(len(counts))]
 
     def _key(self, row: int) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pruneval.harness.adapters import Adapter, adapter_for
+from pruneval.harness.adapters import Adapter, Encoding, adapter_for
 from pruneval.harness.attention import Recorder, watching
 from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Trace
@@ -72,7 +73,7 @@ class Session:
         self.shape = adapter.shape
         self.needs = method.needs(self.shape)
         self.recorder = Recorder()
-        self.encoded: list[tuple[dict[str, Any], list[int]]] = []
+        self.encoded: list[Encoding] = []
         self.vision_hidden: dict[int, Tensor] = {}
         self.rotary_position: Tensor | None = None
         self._input_ids: Tensor | None = None
@@ -96,7 +97,8 @@ class Session:
         for index, layer in enumerate(adapter.decoder_layers):
             handles.append(pre(layer, functools.partial(self._before_layer, index)))
         for index in sorted({layer for need in self.needs.values() for layer in need.vision}):
-            handles.append(adapter.vision_layers[index].register_forward_hook(functools.partial(self._after_vision_layer, index)))
+            for tower in adapter.towers:
+                handles.append(tower[index].register_forward_hook(functools.partial(self._after_vision_layer, index)))
         for handle in handles:
             stack.callback(handle.remove)
 
@@ -104,17 +106,19 @@ class Session:
         watched: dict[Any, nn.Module] = {}
         for layer, need in self.needs.items():
             watched |= {("text", index): self.adapter.attention(index) for index in need.attention}
-            watched |= {("vision", index): self.adapter.vision_attention(index) for index in need.vision}
+            for tower in range(len(self.adapter.towers)):
+                watched |= {("vision", index, tower): self.adapter.vision_attention(index, tower) for index in need.vision}
             if need.next:
                 watched[("text", layer)] = self.adapter.attention(layer)
         return watched
 
     def _wrap_encoder(self, name: str, stack: ExitStack) -> None:
-        """Notes what goes through the inner model's encoding function: its keyword arguments and the tokens of each item."""
+        """Notes what goes through an encoding function of the inner model, and what the tower saw meanwhile."""
         inner = self.adapter.model.model
         original = getattr(inner, name, None)
         if original is None:
             return
+        signature = inspect.signature(original)
 
         @functools.wraps(original)
         def encode(*args: Any, **kwargs: Any) -> Any:
@@ -125,9 +129,11 @@ class Session:
                 out = original(*args, **kwargs)
             finally:
                 self.recorder.on = False
-            features = out.pooler_output
-            lengths = [item.shape[:-1].numel() for item in features]
-            self.encoded.append((kwargs, lengths))
+            calls = {key[1]: made for key, made in self.recorder.calls.items() if key[0] == "vision"}
+            lengths = tuple(item.shape[:-1].numel() for item in out.pooler_output)
+            kind = name.removeprefix("get_").removesuffix("_features")
+            self.encoded.append(Encoding(kind, signature.bind(*args, **kwargs).arguments, lengths, calls, dict(self.vision_hidden)))
+            self.recorder.calls.clear()
             return out
 
         setattr(inner, name, encode)

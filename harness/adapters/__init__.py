@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from pruneval.harness.adapters.base import Adapter
+from pruneval.harness.adapters.base import Adapter, Encoding
 from pruneval.harness.errors import unknown
 
-__all__ = ["ADAPTERS", "Adapter", "adapter_for"]
+__all__ = ["ADAPTERS", "Adapter", "Encoding", "adapter_for"]
 
 ADAPTERS = {  # config.model_type: module and class
     "llava": ("llava", "Llava"),

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pruneval.methods.base import Method, MethodError, Shape
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One run of a vision tower, as the session saw it.
+
+    Attributes:
+        kind: "image" or "video", which says whose placeholders the features fill.
+        arguments: what the inner model's encoding function was called with, by parameter name.
+        lengths: features of each item (image, video or frame, as the family counts), in the order in which they fill placeholders.
+        calls: recorded attention calls (`pruneval.harness.attention.Call`), by encoder layer.
+        hidden: outputs of the encoder layers asked for, by layer.
+    """
+
+    kind: str
+    arguments: Mapping[str, Any]
+    lengths: tuple[int, ...]
+    calls: Mapping[int, list[Any]]
+    hidden: Mapping[int, Tensor]
 
 
 class Adapter(ABC):
@@ -65,9 +86,14 @@ class Adapter(ABC):
     def vision_layers(self) -> list[nn.Module]:
         """The encoder's layers, in order."""
 
-    def vision_attention(self, layer: int) -> nn.Module:
+    @property
+    def towers(self) -> list[list[nn.Module]]:
+        """The layers of each tower; a family with one tower per kind of input has several, of equal depth."""
+        return [self.vision_layers]
+
+    def vision_attention(self, layer: int, tower: int = 0) -> nn.Module:
         """The attention module of an encoder layer."""
-        return self.vision_layers[layer].self_attn
+        return self.towers[tower][layer].self_attn
 
     @property
     def feature_layer(self) -> int:
@@ -80,13 +106,12 @@ class Adapter(ABC):
         return self.model.model.multi_modal_projector(hidden)
 
     @abstractmethod
-    def visions(self, counts: list[int], calls: dict[int, list[Any]], hidden: dict[int, Tensor]) -> list[Any]:
+    def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
         """The vision tower's view of each sample.
 
         Args:
-            counts: visual tokens of each sample.
-            calls: recorded attention calls (`pruneval.harness.attention.Call`), by encoder layer.
-            hidden: outputs of the encoder layers asked for, by layer.
+            placeholders: (N,) ids of the visual tokens of each sample, in prompt order.
+            encodings: the runs of the vision tower for this batch; those of a kind fill its placeholders sample by sample.
         """
 
     # What fits together

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from pruneval.harness.adapters.base import Adapter
+from pruneval.harness.adapters.base import Adapter, Encoding
 from pruneval.harness.attention import HeadAttention
 
 
@@ -30,38 +31,32 @@ class Llava(Adapter):
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         return side, side
 
-    def visions(self, counts: list[int], calls: dict[int, list[Any]], hidden: dict[int, Tensor]) -> list[Any]:
+    def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
+        tiles = iter([(encoding, row) for encoding in encodings for row in range(len(encoding.lengths))])
         per_image = self.grid[0] * self.grid[1]
-        views, first = [], 0
-        for count in counts:
-            tiles = count // per_image
-            views.append(TileView(self, range(first, first + tiles), calls, hidden))
-            first += tiles
-        return views
+        return [TileView(self, list(itertools.islice(tiles, len(ids) // per_image))) for ids in placeholders]
 
 
 class TileView:
     """The view of one sample: see `pruneval.methods.base.Vision`."""
 
-    def __init__(self, adapter: Llava, rows: range, calls: dict[int, list[Any]], hidden: dict[int, Tensor]) -> None:
+    def __init__(self, adapter: Llava, where: list[tuple[Encoding, int]]) -> None:
         """
         Args:
             adapter: the model's adapter.
-            rows: the sample's rows in the tower's batch, one per tile.
-            calls: recorded attention calls, by layer; the tower is called once.
-            hidden: (all tiles, P or P + 1, d_v) outputs, by layer.
+            where: the run of the tower each tile of the sample went through, and its row there.
         """
-        self._rows, self._calls, self._hidden = rows, calls, hidden
+        self._where = where
         self.project = adapter.project
-        self.tiles, self.has_cls, self.images, self.grid = len(rows), adapter.has_cls, (1,) * len(rows), adapter.grid
+        self.tiles, self.has_cls, self.images, self.grid = len(where), adapter.has_cls, (1,) * len(where), adapter.grid
 
     def attention(self, layer: int) -> list[HeadAttention]:
         """Attention of a vision layer, one per tile."""
-        return [self._calls[layer][0].sample(row) for row in self._rows]
+        return [encoding.calls[layer][0].sample(row) for encoding, row in self._where]
 
     def hidden(self, layer: int) -> list[Tensor]:
         """Output of a vision layer, one (P or P + 1, d_v) per tile."""
-        return [self._hidden[layer][row] for row in self._rows]
+        return [encoding.hidden[layer][row] for encoding, row in self._where]
 
     def to_tokens(self, cells: Tensor, fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,): cells and tokens are the same, in the same order."""
