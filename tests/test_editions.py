@@ -1,0 +1,185 @@
+"""The pocket editions have the published columns, and are the same every time."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pruneval import tasks
+from pruneval.harness.errors import UserError
+from pruneval.tasks.pocket import editions, world
+
+S, B, I8, I32 = pa.string(), pa.bool_(), pa.int8(), pa.int32()
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", S)])
+TEXTS = pa.list_(S)
+GROUNDING = pa.list_(pa.struct([("objectId", S), ("value", S)]))
+STEP = pa.struct([("operation", S), ("argument", S), ("dependencies", pa.list_(I32))])
+
+PUBLISHED = {
+    ("mme", "test"): {"question_id": S, "image": IMAGE, "question": S, "answer": S, "category": S},
+    ("pope", "test"): {
+        "id": S, "question_id": S, "question": S, "answer": S, "image_source": S, "image": IMAGE, "category": S,
+    },
+    ("gqa", "images"): {"id": S, "image": IMAGE},
+    ("gqa", "testdev"): {
+        "id": S, "imageId": S, "question": S, "answer": S, "fullAnswer": S, "isBalanced": B,
+        "groups": pa.struct([("global", S), ("local", S)]), "entailed": S, "equivalent": S,
+        "types": pa.struct([("structural", S), ("semantic", S), ("detailed", S)]),
+        "annotations": pa.struct([("question", GROUNDING), ("answer", GROUNDING), ("fullAnswer", GROUNDING)]),
+        "semantic": pa.list_(STEP), "semanticStr": S,
+    },
+    ("scienceqa", "test"): {
+        "image": IMAGE, "question": S, "choices": TEXTS, "answer": I8, "hint": S, "task": S, "grade": S, "subject": S,
+        "topic": S, "category": S, "skill": S, "lecture": S, "solution": S,
+    },
+    ("textvqa", "validation"): {
+        "image_id": S, "question_id": I32, "question": S, "question_tokens": TEXTS, "image": IMAGE, "image_width": I32,
+        "image_height": I32, "flickr_original_url": S, "flickr_300k_url": S, "answers": TEXTS, "image_classes": TEXTS,
+        "set_name": S, "ocr_tokens": TEXTS,
+    },
+}  # fmt: skip
+"""Columns and arrow types of the data sets on the hub."""
+
+
+def table(name: str, part: str) -> pa.Table:
+    return pq.read_table(editions.ensure(name) / f"{part}.parquet")
+
+
+@pytest.mark.parametrize(("name", "part"), PUBLISHED)
+def test_columns_and_types_are_the_published_ones(name: str, part: str):
+    schema = table(name, part).schema
+    found = [(field.name, field.type) for field in schema]
+    wanted = list(PUBLISHED[name, part].items())
+    assert [column for column, _ in found] == [column for column, _ in wanted]
+    for (column, kind), (_, expected) in zip(found, wanted, strict=True):
+        assert _plain(kind) == _plain(expected), column
+
+
+def _plain(kind: pa.DataType) -> object:
+    """An arrow type without the names of list items and the order of struct fields' metadata."""
+    if pa.types.is_list(kind):
+        return ("list", _plain(kind.value_type))
+    if pa.types.is_struct(kind):
+        return ("struct", [(field.name, _plain(field.type)) for field in kind])
+    return kind
+
+
+def test_each_row_says_how_many_questions_there_are():
+    for name in tasks.suite("pocket"):
+        row = tasks.benchmark(name)
+        assert row.n == table(row.dataset, row.split).num_rows >= 200
+
+
+@pytest.mark.parametrize("name", editions.names())
+def test_an_edition_is_the_same_every_time(name: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    folder = editions.ensure(name)
+    assert editions.ensure(name) == folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    monkeypatch.setenv("PRUNEVAL_DATA", str(tmp_path))
+    again = editions.ensure(name)
+    assert again != folder
+    assert json.loads((again / "manifest.json").read_text()) == manifest
+    for part in manifest["rows"]:
+        assert pq.read_table(again / f"{part}.parquet").equals(pq.read_table(folder / f"{part}.parquet"))
+    assert sorted(path.name for path in again.parent.iterdir()) == [name], "drafts were left behind"
+
+
+def test_the_content_is_pinned():
+    for name in tasks.suite("pocket"):
+        row = tasks.benchmark(name)
+        manifest = json.loads((editions.ensure(row.dataset) / "manifest.json").read_text())
+        assert row.revision == manifest["digest"], f"{name}: the world has changed; so must the revision in its row"
+
+
+def test_the_digest_sees_a_changed_picture_and_not_a_changed_bit():
+    drawn = editions.rows("pope")
+    before = editions.digest(drawn)
+    drawn["test"][7]["image"][0, 0, 0] ^= 1
+    assert editions.digest(drawn) == before
+    drawn["test"][7]["image"][:32, :32] = 255
+    assert editions.digest(drawn) != before
+
+
+def test_stored_pictures_are_the_drawn_ones():
+    drawn = editions.rows("pope")["test"]
+    for index, stored in enumerate(table("pope", "test").slice(0, 5).column("image").to_pylist()):
+        picture = np.asarray(Image.open(io.BytesIO(stored["bytes"])))
+        assert picture.shape == (world.SIZE, world.SIZE, 3)
+        assert (picture == drawn[index]["image"]).all()
+
+
+def test_mme_asks_pairs_and_any_first_part_has_every_category():
+    rows = editions.rows("mme")["test"]
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["question_id"] == second["question_id"]
+        assert (first["answer"], second["answer"]) == ("Yes", "No")
+        assert (first["image"] == second["image"]).all()
+        assert first["question"] != second["question"]
+        assert first["question"].endswith(" Please answer yes or no.")
+    assert len(set(row["question_id"] for row in rows)) == len(rows) // 2
+    assert len({row["category"] for row in rows[:12]}) == 6
+    assert set(Counter(row["category"] for row in rows).values()) == {40}
+
+
+def test_pope_is_balanced_in_each_of_its_three_samplings():
+    rows = editions.rows("pope")["test"]
+    assert Counter((row["category"], row["answer"]) for row in rows) == {
+        (category, answer): 40 for category in ("adversarial", "popular", "random") for answer in ("yes", "no")
+    }
+
+
+def test_gqa_questions_point_to_images_that_exist():
+    tables = editions.rows("gqa")
+    images = [row["id"] for row in tables["images"]]
+    assert len(set(images)) == len(images)
+    assert {row["imageId"] for row in tables["testdev"]} == set(images)
+    assert len({row["id"] for row in tables["testdev"]}) == 240
+
+
+def test_scienceqa_answers_are_choices_and_every_letter_is_right_at_times():
+    rows = editions.rows("scienceqa")["test"]
+    for row in rows:
+        assert 2 <= len(row["choices"]) <= 4
+        assert len(set(row["choices"])) == len(row["choices"])
+        assert row["solution"].endswith(f" {row['choices'][row['answer']]}.")
+    assert min(Counter(row["answer"] for row in rows).values()) > 10
+
+
+def test_textvqa_has_ten_people_most_of_whom_agree():
+    for row in editions.rows("textvqa")["validation"]:
+        assert len(row["answers"]) == 10
+        answer, votes = Counter(row["answers"]).most_common(1)[0]
+        assert votes >= 7
+        assert answer in row["ocr_tokens"]
+
+
+def test_scenes_are_never_those_of_training(monkeypatch: pytest.MonkeyPatch):
+    from pruneval.tasks.pocket import benches
+
+    splits = Counter()
+    real = benches.draw
+
+    def spy(rng, split):
+        splits[split] += 1
+        return real(rng, split)
+
+    monkeypatch.setattr(benches, "draw", spy)
+    for name in editions.names():
+        editions.rows(name)
+    assert set(splits) == {"test", "heldout"}
+
+
+def test_an_unknown_edition_and_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    with pytest.raises(UserError, match="unknown pocket edition 'popes'; did you mean 'pope'"):
+        editions.ensure("popes")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRUNEVAL_DATA", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="set PRUNEVAL_DATA"):
+        editions.ensure("pope")
