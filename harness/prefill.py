@@ -16,6 +16,7 @@ from pruneval.harness.stream import Stream, prompt_layout, starts
 from pruneval.methods.base import MethodError, Reduction, Step
 
 if TYPE_CHECKING:
+    from pruneval.harness.adapters.base import Encoding
     from pruneval.harness.attention import HeadAttention
     from pruneval.harness.session import Session
 
@@ -28,20 +29,25 @@ class Prefill:
         done: whether the prompt has been read.
     """
 
-    def __init__(self, session: Session, ids: Tensor, mask: Tensor | None, cache: Any) -> None:
+    def __init__(
+        self, session: Session, ids: Tensor, mask: Tensor | None, cache: Any, encoded: list[Encoding]
+    ) -> None:
         """
         Args:
             session: the running block.
             ids: (B, S) prompt ids.
             mask: (B, S) padding mask, or None.
             cache: the empty KV cache, or None.
+            encoded: the runs of the vision tower for this batch.
         """
-        self.session, self.ids, self.cache = session, ids, cache
+        self.session, self.ids, self.cache, self.encoded = session, ids, cache, encoded
         self.visual = session.adapter.visual_mask(ids)
         self.real = torch.ones_like(self.visual) if mask is None else mask.bool()
         self.active = bool(self.visual.any()) and bool(session.needs)
         if self.active and bool((self.real[:, :-1] & ~self.real[:, 1:]).any()):
             raise UserError("pruning needs left padding: set the tokenizer's padding_side to left")
+        if self.active and cache is not None and any(_fixed(layer) for layer in cache.layers):
+            raise UserError("pruning needs a cache that grows: static and sliding-window caches are not supported")
         self.done = False
         self.streams: dict[int, Stream] = {}
         self.stream: Stream | None = None
@@ -161,7 +167,7 @@ class Prefill:
             total=int(prompt.visual.sum()),
             shape=session.shape,
             embeddings=self.embeddings[row, start:],
-            spans=(),
+            spans=_runs(prompt.visual),
             generator=lambda: session.generator(key, index),
             seen={layer: self._seen(layer, row) for layer in need.attention},
             vision=self._visions[row] if need.vision else None,
@@ -186,11 +192,12 @@ class Prefill:
         session = self.session
         placeholders = [ids[visual] for ids, visual in zip(self.ids, self.visual, strict=True)]
         counts = [len(ids) for ids in placeholders]
-        encoded = sum(sum(encoding.lengths) for encoding in session.encoded)
-        beams = sum(counts) // encoded if encoded else 0
-        if not encoded or sum(counts) != beams * encoded:
-            raise UserError(f"{session.method.card.name} reads the vision tower, so the images must be encoded within the pruned() block")
-        views = session.adapter.visions(placeholders[::beams], session.encoded)
+        total = sum(sum(encoding.lengths) for encoding in self.encoded)
+        beams = sum(counts) // total if total else 0
+        if not beams or sum(counts) != beams * total:
+            name = session.method.card.name
+            raise UserError(f"{name} reads the vision tower, so images must be encoded within the pruned() block")
+        views = session.adapter.visions(placeholders[::beams], self.encoded)
         return [views[row // beams] for row in range(len(counts))]
 
     def _key(self, row: int) -> str:
@@ -215,3 +222,14 @@ class Prefill:
         if stream.shift is not None:
             changed["position_embeddings"] = stream.decode_rotation(hidden, position)
         return changed
+
+
+def _fixed(layer: Any) -> bool:
+    """Whether a cache layer has a length of its own."""
+    return bool(getattr(layer, "is_sliding", False)) or bool(getattr(layer, "max_cache_len", 0))
+
+
+def _runs(visual: Tensor) -> tuple[tuple[int, int], ...]:
+    """Unbroken runs of visual tokens, as (start, stop)."""
+    edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff()
+    return tuple(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))

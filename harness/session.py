@@ -77,7 +77,6 @@ class Session:
         self.vision_hidden: dict[int, Tensor] = {}
         self.rotary_position: Tensor | None = None
         self._input_ids: Tensor | None = None
-        self._mask: Tensor | None = None
         self._prefill: Prefill | None = None
         self._uncached: Tensor | None = None
 
@@ -120,7 +119,7 @@ class Session:
             return
         signature = inspect.signature(original)
 
-        @functools.wraps(original)
+        @functools.wraps(original)  # generate reads the signature to know what to pass
         def encode(*args: Any, **kwargs: Any) -> Any:
             self.vision_hidden.clear()
             self.recorder.calls.clear()
@@ -152,7 +151,6 @@ class Session:
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
-        self._mask = kwargs.get("attention_mask")
         if cache is not None and cache.get_seq_length() > 0:
             self._check_decode()
             return
@@ -161,7 +159,8 @@ class Session:
             raise UserError("a pruned model needs input_ids, not inputs_embeds: they say which tokens are visual")
         if cache is None:
             self._check_uncached(ids)
-        self._prefill = Prefill(self, ids, self._mask, cache)
+        encoded, self.encoded = self.encoded, []
+        self._prefill = Prefill(self, ids, kwargs.get("attention_mask"), cache, encoded)
 
     def _check_decode(self) -> None:
         if self._prefill is None:
@@ -172,9 +171,10 @@ class Session:
 
     def _check_uncached(self, ids: Tensor) -> None:
         before, self._uncached = self._uncached, ids
-        if self.needs and before is not None and ids.shape[0] == before.shape[0] and ids.shape[1] == before.shape[1] + 1:
-            if torch.equal(ids[:, :-1], before):
-                raise UserError("generate(use_cache=False) would choose the visual tokens anew at every step; leave the cache on while pruning")
+        if self.needs and before is not None and torch.equal(ids[:, :-1], before):
+            raise UserError(
+                "generate(use_cache=False) would choose the visual tokens anew at every step; leave the cache on"
+            )
 
     # What enters a decoder layer
 
@@ -197,8 +197,6 @@ class Session:
             return
         run.finish()
         self.trace = run.trace
-        self.encoded.clear()
-        self.vision_hidden.clear()
         self.recorder.calls.clear()
         self.sample_keys = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ __all__ = ["METHODS", "Card", "Method", "MethodError", "build", "card", "method_
 METHODS = {  # name: class, in the module of the same name
     "vanilla": "Vanilla",
     "random": "Random",
+    "uniform": "Uniform",
     "fastv": "FastV",
+    "pdrop": "PDrop",
+    "visionzip": "VisionZip",
 }
 
 
@@ -69,7 +73,7 @@ def _parse(method: str, key: str, kind: str, value: Any) -> Any:
             return int(value)
         if kind == "float":
             number = float(value)
-            if number != number or isinstance(value, bool):
+            if math.isnan(number) or isinstance(value, bool):
                 raise ValueError
             return number
     except (ValueError, KeyError, TypeError):

@@ -72,7 +72,16 @@ class Card:
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that methods may depend on. Layers are 0-based; `feature_layer` is the vision layer whose output is projected."""
+    """The sizes of a model that methods may depend on.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim: of the language model.
+        vision_layers: layers of the vision tower.
+        feature_layer: the tower's layer (0-based) whose output is projected.
+        has_cls: whether row 0 of a tile in the tower is a CLS token.
+        tile_tokens: visual tokens one tile becomes, or 0 where that is not a constant.
+        tiled: whether one image may become several tiles.
+    """
 
     layers: int
     hidden: int
@@ -82,6 +91,8 @@ class Shape:
     vision_layers: int = 0
     feature_layer: int = 0
     has_cls: bool = False
+    tile_tokens: int = 0
+    tiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ class Step:
         seen: attention of the decoder layers asked for, by layer.
         vision: the vision tower's view, if asked for.
         embeddings: (S, d) the prompt's embeddings before layer 0, un-pruned; `origin` points into it.
-        spans: tokens of each image in the un-pruned prompt, as (start, stop) origins.
+        spans: unbroken runs of visual tokens in the un-pruned prompt, as (start, stop) origins.
         memory: what the method wants to remember until the next boundary of the same prompt.
     """
 

@@ -39,6 +39,7 @@ class Adapter(ABC):
 
     model_types: ClassVar[tuple[str, ...]] = ()
     has_cls: ClassVar[bool] = False
+    tiled: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model = model
@@ -105,6 +106,11 @@ class Adapter(ABC):
         """(m, d_v) tower outputs as (m, d) language-model inputs."""
         return self.model.model.multi_modal_projector(hidden)
 
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens one tile becomes, or 0 where that is not a constant."""
+        return 0
+
     @abstractmethod
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
         """The vision tower's view of each sample.
@@ -131,6 +137,8 @@ class Adapter(ABC):
             vision_layers=len(self.vision_layers),
             feature_layer=self.feature_layer,
             has_cls=self.has_cls,
+            tile_tokens=self.tile_tokens,
+            tiled=self.tiled,
         )
 
     def supports(self, method: Method) -> str | None:
