@@ -79,7 +79,6 @@ class Shape:
         vision_layers: layers of the vision tower.
         feature_layer: the tower's layer (0-based) whose output is projected.
         has_cls: whether row 0 of a tile in the tower is a CLS token.
-        tile_tokens: visual tokens one tile becomes, or 0 where that is not a constant.
         tiled: whether one image may become several tiles.
     """
 
@@ -91,7 +90,6 @@ class Shape:
     vision_layers: int = 0
     feature_layer: int = 0
     has_cls: bool = False
-    tile_tokens: int = 0
     tiled: bool = False
 
 
@@ -269,7 +267,10 @@ class Method:
         raise NotImplementedError
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        """Visual tokens that enter each decoder layer, of a prompt with `n` of them; the tests compare it with what is observed."""
+        """Visual tokens that enter each decoder layer, of a prompt with one image of `n`.
+
+        Declared, not observed: the tests compare it with the trace.
+        """
         raise NotImplementedError
 
     @property

@@ -56,7 +56,7 @@ class VisionZip(Method):
         return {0: Needs(vision=(shape.feature_layer,))}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        return [n // shape.tile_tokens * sum(split(shape.tile_tokens, self.keep))] * shape.layers
+        return [sum(split(n, self.keep))] * shape.layers
 
     def reduce(self, step: Step) -> Reduction | None:
         vision, layer = step.vision, step.shape.feature_layer

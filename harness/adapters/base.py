@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from pruneval.harness.layout import Layout
 from pruneval.methods.base import Method, MethodError, Shape
 
 
@@ -75,6 +77,14 @@ class Adapter(ABC):
         """(B, S) which tokens of a prompt are placeholders of visual features."""
         return input_ids == self.config.image_token_id
 
+    def attach(self, layouts: Callable[[], tuple[Layout, Layout] | None], stack: ExitStack) -> None:
+        """Fits to a reduced stream what a family's text model does between its layers; most do nothing there.
+
+        Args:
+            layouts: the layouts of the prompt and of the stream as it is, or None while nothing has been reduced.
+            stack: undoes at the end of the `pruned` block what is changed here.
+        """
+
     # The vision side
 
     @property
@@ -106,11 +116,6 @@ class Adapter(ABC):
         """(m, d_v) tower outputs as (m, d) language-model inputs."""
         return self.model.model.multi_modal_projector(hidden)
 
-    @property
-    def tile_tokens(self) -> int:
-        """Visual tokens one tile becomes, or 0 where that is not a constant."""
-        return 0
-
     @abstractmethod
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
         """The vision tower's view of each sample.
@@ -137,7 +142,6 @@ class Adapter(ABC):
             vision_layers=len(self.vision_layers),
             feature_layer=self.feature_layer,
             has_cls=self.has_cls,
-            tile_tokens=self.tile_tokens,
             tiled=self.tiled,
         )
 

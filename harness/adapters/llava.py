@@ -31,13 +31,10 @@ class Llava(Adapter):
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         return side, side
 
-    @property
-    def tile_tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
-
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
         tiles = iter([(encoding, row) for encoding in encodings for row in range(len(encoding.lengths))])
-        return [TileView(self, list(itertools.islice(tiles, len(ids) // self.tile_tokens))) for ids in placeholders]
+        per_image = self.grid[0] * self.grid[1]
+        return [TileView(self, list(itertools.islice(tiles, len(ids) // per_image))) for ids in placeholders]
 
 
 class TileView:
