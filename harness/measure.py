@@ -60,11 +60,15 @@ def implied(
     )
     overrides = {"tiles": tiles, "frames": frames, "visual tokens": visual_tokens, "text tokens": text_tokens}
     try:
-        plan = built.schedule(shape_of(dimensions), whole.given)
+        shape = shape_of(dimensions)
+        built.needs(shape)  # refuses what the method cannot do on this model
+        plan = built.schedule(shape, whole.given)
         lengths = replace(whole, visual=tuple(plan))
         lengths = replace(lengths, scoring=scoring(built, dimensions, lengths))
     except ValueError as error:
         raise UserError(str(error)) from error
+    except (NotImplementedError, ZeroDivisionError) as error:
+        raise UserError(f"{built.signature} declares no schedule for {model}") from error
     return {
         "model": model,
         "method": method,

@@ -27,6 +27,9 @@ def shape_of(dimensions: Dimensions) -> Shape:
         vision_layers=vision.layers,
         feature_layer=vision.layers - (2 if vision.pre_norm else 1),
         has_cls=vision.class_tokens > 0,
+        # Newlines, cropped margins and resized grids leave no constant count per tile.
+        tile_tokens=dimensions.tile[0] if dimensions.tile and not dimensions.newline else 0,
+        tiled=dimensions.newline or dimensions.family == "internvl",
     )
 
 

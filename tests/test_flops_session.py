@@ -41,6 +41,9 @@ def model():
         ("random", {"keep": 0.25}),
         ("fastv", {"layer": 1, "keep": 0.5}),
         ("fastv", {"layer": 2, "keep": 0.125}),
+        ("uniform", {"keep": 0.5}),
+        ("pdrop", {"keep": 0.5}),
+        ("visionzip", {"keep": 0.5}),
     ],
     ids=str,
 )
