@@ -67,14 +67,17 @@ def implied(
         lengths = replace(lengths, scoring=scoring(built, dimensions, lengths))
     except ValueError as error:
         raise UserError(str(error)) from error
-    except (NotImplementedError, ZeroDivisionError) as error:
+    except NotImplementedError as error:
         raise UserError(f"{built.signature} declares no schedule for {model}") from error
+    found = cost(dimensions, lengths, convention)
+    if built.card.merges:
+        found["not_counted"].append("merging: similarities, sums and the projection of merged tokens")
     return {
         "model": model,
         "method": method,
         "params": built.params,
         "signature": built.signature,
-        **cost(dimensions, lengths, convention),
+        **found,
         "unpruned_tflops": cost(dimensions, whole, convention)["tflops"],
         "lengths_from": "; ".join(
             [

@@ -2,8 +2,8 @@
 
 A method may say it itself, `work(shape, visual, text) -> dict[str, int]` in multiply-adds. Otherwise it is read off
 `needs()`: one query row against every key of each decoder layer it reads, the class token's row of each vision layer
-(every row where there is no class token), and the queries and keys of a layer that has not run yet. Sorting and
-gathering are not counted.
+(every row where there is no class token), and the projections of a layer that has not run yet. Sorting,
+gathering and merging are not counted.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ def shape_of(dimensions: Dimensions) -> Shape:
         vision_layers=vision.layers,
         feature_layer=vision.layers - (2 if vision.pre_norm else 1),
         has_cls=vision.class_tokens > 0,
-        # Newlines, cropped margins and resized grids leave no constant count per tile.
-        tile_tokens=dimensions.tile[0] if dimensions.tile and not dimensions.newline else 0,
         tiled=dimensions.newline or dimensions.family == "internvl",
     )
 
@@ -46,8 +44,8 @@ def scoring(method: Any, dimensions: Dimensions, lengths: Lengths) -> tuple[Work
         if needs.next:
             # The stream that reaches the boundary, before the method reduces it.
             tokens = lengths.llm[boundary - 1] if boundary else lengths.given + lengths.text
-            project = decoder.hidden * (decoder.width + decoder.kv_width)
-            work.append(Work(f"queries, keys and one row of layer {boundary}", tokens * (project + decoder.width)))
+            project = decoder.hidden * (decoder.width + 2 * decoder.kv_width)
+            work.append(Work(f"projections and one row of layer {boundary}", tokens * (project + decoder.width)))
         for layer in needs.vision:
             pairs = sum(k * n * (1 if vision.class_tokens else n) for k, n in lengths.vision[layer])
             work.append(Work(f"rows of vision layer {layer}", vision.width * pairs))
