@@ -29,7 +29,16 @@ _RECORDERS: dict[nn.Module, tuple[Recorder, Any]] = {}
 class HeadAttention:
     """The attention of one layer for one sample: see `pruneval.methods.base.Attention` for the contract."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool, origin: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        causal: bool,
+        origin: Tensor | None = None,
+        window: Tensor | None = None,
+    ) -> None:
         """
         Args:
             query: (H, n, d_h), position encoding applied.
@@ -38,8 +47,10 @@ class HeadAttention:
             scaling: factor on the dot products.
             causal: whether a row sees only the columns up to itself.
             origin: (n,) origins of the tokens.
+            window: (n,) number of the window each token is in, where a row sees only its own.
         """
-        self.query, self.key, self.value, self.scaling, self.causal, self.origin = query, key, value, scaling, causal, origin
+        self.query, self.key, self.value, self.scaling = query, key, value, scaling
+        self.causal, self.origin, self.window = causal, origin, window
 
     def rows(self, index: Tensor | Sequence[int] | int) -> Tensor:
         """Attention of the query rows `index` (negative counts from the end), float32 (H, r, n)."""
@@ -52,6 +63,8 @@ class HeadAttention:
         if self.causal:
             future = torch.arange(n, device=index.device)[None, :] > index[:, None]
             logits = logits.masked_fill(future, float("-inf"))
+        if self.window is not None:
+            logits = logits.masked_fill(self.window[None, :] != self.window[index, None], float("-inf"))
         return logits.softmax(-1)
 
     def received(self, index: Tensor | Sequence[int] | None = None) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pruneval.harness.adapters import Adapter, Encoding, adapter_for
 from pruneval.harness.attention import Recorder, watching
 from pruneval.harness.errors import UserError
-from pruneval.harness.layout import Trace
+from pruneval.harness.layout import Layout, Trace
 from pruneval.harness.prefill import Prefill
 from pruneval.methods.base import Method
 
@@ -84,6 +84,7 @@ class Session:
         """Puts the hooks in place; `stack` removes them."""
         adapter = self.adapter
         self.recorder = stack.enter_context(watching(self._watched()))
+        adapter.attach(self._layouts, stack)
         for kind in ("get_image_features", "get_video_features"):
             self._wrap_encoder(kind, stack)
         pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
@@ -100,6 +101,11 @@ class Session:
                 handles.append(tower[index].register_forward_hook(functools.partial(self._after_vision_layer, index)))
         for handle in handles:
             stack.callback(handle.remove)
+
+    def _layouts(self) -> tuple[Layout, Layout] | None:
+        """The layouts of the prompt and of the reduced stream that is going through the layers, or None when there is none."""
+        run = self._prefill
+        return None if run is None or run.stream is None else (run.trace.prompt, run.stream.layout)
 
     def _watched(self) -> dict[Any, nn.Module]:
         watched: dict[Any, nn.Module] = {}
@@ -121,6 +127,8 @@ class Session:
 
         @functools.wraps(original)  # generate reads the signature to know what to pass
         def encode(*args: Any, **kwargs: Any) -> Any:
+            if self.recorder.on:  # a family may encode videos by its function for images
+                return original(*args, **kwargs)
             self.vision_hidden.clear()
             self.recorder.calls.clear()
             self.recorder.on = True
