@@ -198,6 +198,8 @@ class Prefill:
             name = session.method.card.name
             raise UserError(f"{name} reads the vision tower, so images must be encoded within the pruned() block")
         views = session.adapter.visions(placeholders[::beams], self.encoded)
+        spans = [_runs(tokens.visual) for tokens in self.trace.prompt.samples[::beams]]
+        views = [session.adapter.placed(view, mine) for view, mine in zip(views, spans, strict=True)]
         return [views[row // beams] for row in range(len(counts))]
 
     def _key(self, row: int) -> str:

@@ -14,6 +14,7 @@ __all__ = ["ADAPTERS", "Adapter", "Encoding", "adapter_for"]
 
 ADAPTERS = {  # config.model_type: module and class
     "llava": ("llava", "Llava"),
+    "internvl": ("internvl", "InternVL"),
     "qwen2_5_vl": ("qwen_vl", "QwenVL"),
     "qwen3_vl": ("qwen_vl", "QwenVL"),
 }

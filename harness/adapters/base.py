@@ -125,6 +125,10 @@ class Adapter(ABC):
             encodings: the runs of the vision tower for this batch; those of a kind fill its placeholders sample by sample.
         """
 
+    def placed(self, view: Any, spans: tuple[tuple[int, int], ...]) -> Any:
+        """The view of one sample, now that it is known where its visual tokens stand (as `Step.spans`)."""
+        return view
+
     # What fits together
 
     @property
