@@ -205,9 +205,15 @@ def _hidden(bar: Callable, *args: Any, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lmms-eval without its log lines and progress bars; importing it leaves the process's warning filters alone."""
-    from loguru import logger
+    """lmms-eval without its log lines and progress bars, and without what importing it does to the process.
 
+    Importing it silences all warnings, and makes a truncated image count as one whose missing part is grey: here it is
+    an error, so that no question is scored on a picture that is not there.
+    """
+    from loguru import logger
+    from PIL import ImageFile
+
+    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
     logger.disable("lmms_eval")
     with warnings.catch_warnings():
         import datasets
@@ -219,9 +225,11 @@ def _quiet() -> Iterator[None]:
     bars = [module.tqdm for module in modules]
     for module, bar in zip(modules, bars, strict=True):
         module.tqdm = functools.partial(_hidden, bar)
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         yield
     finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
         if bars_shown:

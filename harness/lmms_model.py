@@ -98,7 +98,6 @@ class PrunevalModel(lmms):
             method = methods.build(method, params)
         elif params:
             raise UserError(f"parameters {sorted(params)} were given, but no method's name")
-        # lmms-eval deletes every attribute that is a module after generation, so the model stays inside its holder.
         self.loaded = pretrained
         self.method = method
         self.batch_size = _positive(batch_size)
@@ -139,6 +138,9 @@ class PrunevalModel(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise UserError("this task talks in several rounds; pruneval evaluates single answers only")
 
+    def clean(self) -> None:
+        """Nothing to free: the model outlives the task, and no module is an attribute of this object."""
+
     # The steps --------------------------------------------------------------------------------------------------------
 
     def prompts(self, requests: list[Instance]) -> list[str]:
@@ -155,7 +157,7 @@ class PrunevalModel(lmms):
             return nullcontext(None)
         from pruneval.harness.session import pruned
 
-        return pruned(self.loaded.model, self.method, seed=self.seed)
+        return pruned(self.loaded.model, self.method, seed=self.seed, adapter=self.loaded.adapter)
 
     def _answer(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
         """Rows of a batch; when the batch fails, each sample is tried alone to find out which one it is."""

@@ -34,7 +34,7 @@ class Outcome:
 def scores_of(
     result: dict[str, Any], logged: list[dict], aggregations: dict[str, Callable], benchmark: Benchmark
 ) -> dict[str, dict[str, Any]]:
-    """Every number among a task's results, with its standard error, and the benchmark's own metric first.
+    """Every number among a task's results, and the benchmark's own metric first, which has a standard error.
 
     Args:
         result: lmms-eval's results of the task, by "<metric>,<filter>".
@@ -59,7 +59,7 @@ def scores_of(
         scores[key] = {
             "value": float(value),
             "n": len(values),
-            "stderr": standard_error(values, aggregations[metric]),
+            "stderr": standard_error(values, aggregations[metric]) if key in benchmark.keys else None,
         }
     if benchmark.metric not in scores:
         # The parts are scored on different questions, so their errors are independent.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,13 +30,20 @@ def standard_error(values: Sequence[Any], aggregate: Callable[[list[Any]], float
     strata = _units(values)
     if sum(len(units) for units in strata) < 2:
         return None
+
+    @cache
+    def drawn(stratum: int, unit: int, copy: int) -> list[dict]:
+        """A unit as a question of its own: one question drawn twice makes two questions."""
+        return [{**value, "question_id": f"{unit}#{copy}"} for value in strata[stratum][unit]]
+
     draw = np.random.default_rng(0)
     scores = []
     for _ in range(RESAMPLES):
-        sample: list[Any] = []
-        for units in strata:
-            for copy, index in enumerate(draw.integers(len(units), size=len(units))):
-                sample.extend(_renamed(value, copy) for value in units[index])
+        sample: list[dict] = []
+        for stratum, units in enumerate(strata):
+            for unit, times in Counter(draw.integers(len(units), size=len(units)).tolist()).items():
+                for copy in range(times):
+                    sample += drawn(stratum, unit, copy)
         scores.append(aggregate(sample))
     return float(np.std(scores, ddof=1))
 
@@ -46,8 +55,3 @@ def _units(values: Sequence[dict]) -> list[list[list[dict]]]:
         units = strata.setdefault(value.get("category"), {})
         units.setdefault(value.get("question_id", index), []).append(value)
     return [list(units.values()) for units in strata.values()]
-
-
-def _renamed(value: dict, copy: int) -> dict:
-    """The value as a question of its own, so that drawing one question twice makes two questions."""
-    return {**value, "question_id": f"{value.get('question_id')}#{copy}"}

@@ -18,6 +18,8 @@ from pruneval.tasks.pocket.world import SHAPES, SIZE, Scene, draw, render
 Row = dict[str, Any]
 Tables = dict[str, list[Row]]
 
+MME_ORDER = (0, 4, 1, 5, 2, 3)
+"""Categories in turn, perception and cognition mixed, so that four questions suffice for both of MME's scores."""
 POPE_CATEGORIES = ("adversarial", "popular", "random")
 GQA_SKILLS = ("shape", "colour", "existence", "position")
 SCIENCE_SKILLS = ("shape", "colour", "position", "count", "digit")
@@ -29,9 +31,9 @@ def mme(seed: int, number: int) -> Tables:
     """Pairs of one question to affirm and one to deny, the categories in turn, so that a first part has all of them."""
     rows = []
     for index in range(number // 2):
-        category = PAIR_CATEGORIES[index % len(PAIR_CATEGORIES)]
+        category = PAIR_CATEGORIES[MME_ORDER[index % len(MME_ORDER)]]
         # Splits alternate by round of categories, so that every category has both.
-        turn = index // len(PAIR_CATEGORIES)
+        turn = index // len(MME_ORDER)
         scene, questions = _until(_stream(seed, "mme", index), turn, lambda s, r, c=category: pair(s, r, c))
         for question in questions:
             rows.append(
