@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig, Phi3Config, Qwen2Config
 
@@ -25,6 +27,14 @@ def text_config(kind: str) -> Qwen2Config | LlamaConfig | Phi3Config:
     factors = {"short_factor": [1.0 + i / 10 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096, **factors}
     return Phi3Config(**SIZES | {"max_position_embeddings": 131072}, num_key_value_heads=4, rope_parameters=rope)
+
+
+@functools.cache
+def shared(
+    kind: str = "qwen2", large_vision: bool = False, kernel: str = "sdpa", dtype: torch.dtype = torch.float64
+) -> InternVLForConditionalGeneration:
+    """One model per kind for tests that leave it as it was."""
+    return internvl(kind, large_vision, kernel, dtype)
 
 
 def internvl(
