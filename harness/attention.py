@@ -1,9 +1,9 @@
 """Attention rows on demand, under any kernel and without a full map.
 
-Within `watching(...)` the attention modules somebody asked about run through a function that keeps their queries, keys and values (references, no
-copies) and then calls the kernel the model runs on anyway. A row is computed from them when a method asks for it: in float32, over the full causal
-row, heads of grouped queries expanded. Each watched module gets a copy of its config that names our function, so masks, the model's config and every
-other layer stay as they are.
+Within `watching(...)` the attention modules somebody asked about run through a function that keeps their queries, keys
+and values (references, no copies) and then calls the kernel the model runs on anyway. A row is computed from them when
+a method asks for it: in float32, over the full causal row, heads of grouped queries expanded. Each watched module gets
+a copy of its config that names our function, so masks, the model's config and every other layer stay as they are.
 """
 
 from __future__ import annotations
@@ -68,9 +68,15 @@ class HeadAttention:
         return logits.softmax(-1)
 
     def received(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Mean over the rows `index` (default all) of what each token receives, (H, n); rows are summed chunk by chunk."""
+        """Mean over the rows `index` (default all) of what each token receives, (H, n); rows are summed chunk
+        by chunk.
+        """
         heads, n, _ = self.query.shape
-        index = torch.arange(n, device=self.query.device) if index is None else torch.as_tensor(index, device=self.query.device)
+        index = (
+            torch.arange(n, device=self.query.device)
+            if index is None
+            else torch.as_tensor(index, device=self.query.device)
+        )
         total = None
         for part in index.split(max(1, CHUNK // (heads * n))):
             rows = self.rows(part).sum(1)
@@ -98,7 +104,10 @@ class Recorder:
     """Keeps the calls of watched attention modules while `on`.
 
     Attributes:
-        calls: what was recorded, by the key under which a module is watched; a module called once per image or window has several.
+        calls: what was recorded, by the key under which a module is watched; a module called once per image or window
+            has several.
+        on: whether calls are kept.
+        peeking: whether a call ends as soon as it is recorded.
     """
 
     def __init__(self) -> None:
@@ -139,7 +148,7 @@ def watching(modules: Mapping[Any, nn.Module]) -> Iterator[Recorder]:
             config = getattr(module, "config", None)
             kernel = getattr(config, "_attn_implementation", None)
             if kernel is None:
-                raise UserError(f"{type(module).__name__} does not go through the attention interface, so its attention can't be read")
+                raise UserError(f"{type(module).__name__} has no attention interface, so its attention can't be read")
             previous[module] = config
             watched = copy.copy(config)
             watched._attn_implementation_internal = _watched_name(kernel)
@@ -156,7 +165,15 @@ def _watched_name(kernel: str) -> str:
     name = f"pruneval_{kernel}"
     if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
 
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        def attend(
+            module: nn.Module,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
             _note(module, query, key, value, kwargs)
             return _kernel(module, kernel)(module, query, key, value, attention_mask, *args, **kwargs)
 

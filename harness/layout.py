@@ -13,7 +13,8 @@ class Tokens:
     """The tokens of one sample at one boundary, without padding.
 
     Attributes:
-        origin: (n,) index of each token in the un-pruned prompt (padding not counted); tokens a method made have origins from the prompt length on.
+        origin: (n,) index of each token in the un-pruned prompt (padding not counted); tokens a method made itself have
+            origins from the prompt length on.
         visual: (n,) which are visual.
         made: (n,) which carry a value of the method's making (merged, recycled or added).
         position: (n,) or (rows, n) position ids.

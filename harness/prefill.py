@@ -1,4 +1,6 @@
-"""One prompt on its way through the decoder: it is read once (`enter`, layer by layer, then `finish`) and then continued (`decode`)."""
+"""One prompt on its way through the decoder: it is read once (`enter`, layer by layer, then `finish`) and then
+continued (`decode`).
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,7 @@ class Prefill:
         done: whether the prompt has been read.
     """
 
-    def __init__(
-        self, session: Session, ids: Tensor, mask: Tensor | None, cache: Any, encoded: list[Encoding]
-    ) -> None:
+    def __init__(self, session: Session, ids: Tensor, mask: Tensor | None, cache: Any, encoded: list[Encoding]) -> None:
         """
         Args:
             session: the running block.
@@ -58,7 +58,9 @@ class Prefill:
     # Reading the prompt
 
     def enter(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any] | None]:
-        """The hidden states and the changed arguments of decoder layer `index`; None for the latter when nothing changes."""
+        """The hidden states and the changed arguments of decoder layer `index`; None for the latter when
+        nothing changes.
+        """
         if index == 0:
             self._start(hidden)
         if self.active and index in self.session.needs:
@@ -81,7 +83,10 @@ class Prefill:
         if self.cache is None or not self.active:
             return
         lengths = [self.cache.layers[layer].keys.shape[-2] for layer in range(self.trace.layers)]
-        expected = [self.streams[layer].layout.width if layer in self.streams else self.ids.shape[1] for layer in range(self.trace.layers)]
+        expected = [
+            self.streams[layer].layout.width if layer in self.streams else self.ids.shape[1]
+            for layer in range(self.trace.layers)
+        ]
         if lengths != expected:
             raise RuntimeError(f"the trace says {expected} cached tokens per layer, the cache holds {lengths}")
 
@@ -111,7 +116,9 @@ class Prefill:
             for result, tokens in zip(results, before.samples, strict=True)
         ]
         compact = self.session.method.position_ids == "compact"
-        samples = tuple(self._after(row, tokens, keeps[row], results[row], compact) for row, tokens in enumerate(before.samples))
+        samples = tuple(
+            self._after(row, tokens, keeps[row], results[row], compact) for row, tokens in enumerate(before.samples)
+        )
         layout = Layout(index, samples)
         self.trace.layouts.append(layout)
         kernel = self.session.adapter.text_model.config._attn_implementation
@@ -154,7 +161,9 @@ class Prefill:
 
     # What a method sees
 
-    def _step(self, index: int, row: int, tokens: Tokens, hidden: Tensor, pad: int, upcoming: Callable[[], Any]) -> Step:
+    def _step(
+        self, index: int, row: int, tokens: Tokens, hidden: Tensor, pad: int, upcoming: Callable[[], Any]
+    ) -> Step:
         session, need = self.session, self.session.needs[index]
         prompt = self.trace.prompt.samples[row]
         start = self.embeddings.shape[1] - len(prompt)
@@ -185,7 +194,9 @@ class Prefill:
         adapter = self.session.adapter
         rotation = kwargs["position_embeddings"] if self.stream is None else self.stream.rotation(hidden)
         normed = adapter.attention_norm(index)(hidden)
-        return self.session.recorder.peek(("text", index), adapter.attention(index), hidden_states=normed, position_embeddings=rotation)
+        return self.session.recorder.peek(
+            ("text", index), adapter.attention(index), hidden_states=normed, position_embeddings=rotation
+        )
 
     @functools.cached_property
     def _visions(self) -> list[Any]:

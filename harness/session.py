@@ -1,9 +1,11 @@
-"""`with pruned(model, method) as session:` runs a stock transformers model with visual-token pruning, and leaves no trace of it afterwards.
+"""`with pruned(model, method) as session:` runs a stock transformers model with visual-token pruning, and leaves no
+trace of it afterwards.
 
-Forward pre-hooks see what enters the model, its text decoder and each decoder layer. At the boundaries the method names, every sample's stream goes
-through `method.reduce`; the survivors are gathered and from there on layers get their own mask and rotation. A decoder layer's KV cache therefore
-holds exactly the tokens that entered the layer, and decode steps get a mask and a rotation that fit it. Nothing else of the model changes: while no
-sample has been reduced, layers get what the model passed them.
+Forward pre-hooks see what enters the model, its text decoder and each decoder layer. At the boundaries the method
+names, every sample's stream goes through `method.reduce`; the survivors are gathered and from there on layers get
+their own mask and rotation. A decoder layer's KV cache therefore holds exactly the tokens that entered the layer, and
+decode steps get a mask and a rotation that fit it. Nothing else of the model changes: while no sample has been
+reduced, layers get what the model passed them.
 
 Full-sequence logits of a pruned forward are as long as the last layer's stream (left-padded).
 """
@@ -62,7 +64,8 @@ class Session:
     """A running `pruned` block.
 
     Attributes:
-        sample_keys: names of the samples of the next `generate`, which seed a method's randomness; without them the prompt's ids do.
+        sample_keys: names of the samples of the next `generate`, which seed a method's randomness; without them the
+            prompt's ids do.
         trace: the trace of the last prefill, or None before the first.
     """
 
@@ -103,7 +106,9 @@ class Session:
             stack.callback(handle.remove)
 
     def _layouts(self) -> tuple[Layout, Layout] | None:
-        """The layouts of the prompt and of the reduced stream that is going through the layers, or None when there is none."""
+        """The layouts of the prompt and of the reduced stream that is going through the layers, or None when
+        there is none.
+        """
         run = self._prefill
         return None if run is None or run.stream is None else (run.trace.prompt, run.stream.layout)
 
@@ -112,7 +117,9 @@ class Session:
         for layer, need in self.needs.items():
             watched |= {("text", index): self.adapter.attention(index) for index in need.attention}
             for tower in range(len(self.adapter.towers)):
-                watched |= {("vision", index, tower): self.adapter.vision_attention(index, tower) for index in need.vision}
+                watched |= {
+                    ("vision", index, tower): self.adapter.vision_attention(index, tower) for index in need.vision
+                }
             if need.next:
                 watched[("text", layer)] = self.adapter.attention(layer)
         return watched
@@ -139,7 +146,9 @@ class Session:
             calls = {key[1]: made for key, made in self.recorder.calls.items() if key[0] == "vision"}
             lengths = tuple(item.shape[:-1].numel() for item in out.pooler_output)
             kind = name.removeprefix("get_").removesuffix("_features")
-            self.encoded.append(Encoding(kind, signature.bind(*args, **kwargs).arguments, lengths, calls, dict(self.vision_hidden)))
+            self.encoded.append(
+                Encoding(kind, signature.bind(*args, **kwargs).arguments, lengths, calls, dict(self.vision_hidden))
+            )
             self.recorder.calls.clear()
             return out
 
@@ -175,7 +184,9 @@ class Session:
             raise UserError("the prompt was not read within this pruned() block, so its cache can't be continued here")
         ids = self._input_ids  # one id may be a placeholder by accident: a model can generate it
         if ids is not None and ids.shape[1] > 1 and bool(self.adapter.visual_mask(ids).any()):
-            raise UserError("visual tokens after the first forward (chunked prefill, a second turn) are not supported while pruning")
+            raise UserError(
+                "visual tokens after the first forward (chunked prefill, a second turn) are not supported while pruning"
+            )
 
     def _check_uncached(self, ids: Tensor) -> None:
         before, self._uncached = self._uncached, ids
@@ -186,7 +197,9 @@ class Session:
 
     # What enters a decoder layer
 
-    def _before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def _before_layer(
+        self, index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         run = self._prefill
         if run is None:
             return None

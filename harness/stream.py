@@ -1,4 +1,5 @@
-"""The batched stream between two decoder layers: padded tensors for one layout, and the masks and rotations layers get for it.
+"""The batched stream between two decoder layers: padded tensors for one layout, and the masks and rotations layers get
+for it.
 
 Streams are left-padded, so the last token is last in every row.
 """
@@ -21,7 +22,8 @@ class Stream:
 
     Attributes:
         layout: the tokens.
-        shift: (B,) how much lower the positions of decoded tokens are than the model counts them; None when they are not.
+        shift: (B,) how much lower the positions of decoded tokens are than the model counts them; None when they are
+            not.
     """
 
     def __init__(self, layout: Layout, kernel: str, rotary: Any, last_position: Tensor, device: torch.device) -> None:
@@ -46,7 +48,9 @@ class Stream:
         self._rotation: Rotation | None = None
 
     def mask(self, queries: int, keys: int, dtype: torch.dtype) -> Any:
-        """The layer's attention mask for `queries` new tokens and `keys` cached and new ones, in the kernel's form (None where it can be)."""
+        """The layer's attention mask for `queries` new tokens and `keys` cached and new ones, in the kernel's
+        form (None where it can be).
+        """
         if (queries, keys) not in self._masks:  # the layers of a stage share it
             self._masks = {(queries, keys): self._build_mask(queries, keys, dtype)}
         return self._masks[queries, keys]

@@ -41,7 +41,10 @@ def card(name: str) -> Card:
 
 
 def build(name: str, params: Mapping[str, str | int | float | bool] | None = None) -> Method:
-    """A method from its name and parameters; strings are parsed by the type of the parameter. Raises: MethodError, in one line."""
+    """A method from its name and parameters; strings are parsed by the type of the parameter.
+
+    Raises: MethodError, in one line.
+    """
     cls = method_class(name)
     fields = {item.name: item for item in dataclasses.fields(cls)}
     values: dict[str, Any] = {}

@@ -1,9 +1,11 @@
-"""FastV, "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, arXiv 2403.06764, section 4.1; pkunlp-icler/FastV at d165972).
+"""FastV, "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024, arXiv 2403.06764, section 4.1; pkunlp-icler/FastV at
+d165972).
 
-After the first K layers, image tokens are ranked by the attention they received in the layer before, and the lowest are dropped once; the following
-layers compute on what is left. Following the released code, the ranking uses the last prompt token's row, averaged over heads, with the softmax over
-the full row; survivors keep their order and their position ids; the choice is made at prefill and kept while decoding (the repository's KV-cache
-variant). The paper's text speaks of the attention from all later tokens: `rows=mean_text` averages over the text after the image instead.
+After the first K layers, image tokens are ranked by the attention they received in the layer before, and the lowest
+are dropped once; the following layers compute on what is left. Following the released code, the ranking uses the last
+prompt token's row, averaged over heads, with the softmax over the full row; survivors keep their order and their
+position ids; the choice is made at prefill and kept while decoding (the repository's KV-cache variant). The paper's
+text speaks of the attention from all later tokens: `rows=mean_text` averages over the text after the image instead.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ class FastV(Ranking):
         "FastV",
         seam=("layer",),
         summary="Drops the visual tokens the last prompt token attends to least, once, after the first layers.",
-        paper="An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language Models",
+        paper="An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large "
+        "Vision-Language Models",
         year=2024,
         arxiv="2403.06764",
         repository="pkunlp-icler/FastV",

@@ -1,11 +1,13 @@
 """PyramidDrop (CVPR 2025, arXiv 2410.17247, section 3.2; Cooperx521/PyramidDrop at 6444f30).
 
-The language model is cut into stages; at the end of each, a fixed share of the image tokens is dropped, so the number left shrinks like a pyramid.
-Tokens are ranked by the attention of the last instruction token, averaged over heads. Following the released code, that attention is the one the
-first layer of the *next* stage is about to compute on the un-pruned stream, counts come from the original number of tokens, survivors keep their
-order, and position ids are renumbered after every stage, so that while decoding a token's position equals the length of that stage's cache.
+The language model is cut into stages; at the end of each, a fixed share of the image tokens is dropped, so the number
+left shrinks like a pyramid. Tokens are ranked by the attention of the last instruction token, averaged over heads.
+Following the released code, that attention is the one the first layer of the *next* stage is about to compute on the
+un-pruned stream, counts come from the original number of tokens, survivors keep their order, and position ids are
+renumbered after every stage, so that while decoding a token's position equals the length of that stage's cache.
 
-The code lists boundaries for 32 layers (8, 16, 24) and has no rule for other depths; here stage s starts at s * floor(L / 4), which gives the same.
+The code lists boundaries for 32 layers (8, 16, 24) and has no rule for other depths; here stage s starts at s *
+floor(L / 4), which gives the same.
 """
 
 from __future__ import annotations

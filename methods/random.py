@@ -1,7 +1,7 @@
 """A random subset of the visual tokens before the language model: the lower bound every method has to beat.
 
-The draw is uniform, without replacement and sorted. Its seed is made of the run's seed, the method's and the sample's name, so neither batch size nor
-order changes it, and no global random state is touched.
+The draw is uniform, without replacement and sorted. Its seed is made of the run's seed, the method's and the sample's
+name, so neither batch size nor order changes it, and no global random state is touched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from pruneval.methods.base import Card, Needs, Positions, Ranking, Shape, Step, 
 class Random(Ranking):
     """Keeps a fraction `keep` of the visual tokens, drawn at random before decoder layer 0."""
 
-    card: ClassVar[Card] = Card("random", "Random", seam=("embed",), summary="A random, sorted subset of the visual tokens before the language model.")
+    card: ClassVar[Card] = Card(
+        "random",
+        "Random",
+        seam=("embed",),
+        summary="A random, sorted subset of the visual tokens before the language model.",
+    )
 
     keep: float = 0.5
     seed: int = 0

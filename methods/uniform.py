@@ -16,7 +16,10 @@ class Uniform(Method):
     """Keeps a fraction `keep` of the visual tokens at a constant stride."""
 
     card: ClassVar[Card] = Card(
-        "uniform", "Uniform", seam=("embed",), summary="Visual tokens at a constant, centred stride before the language model."
+        "uniform",
+        "Uniform",
+        seam=("embed",),
+        summary="Visual tokens at a constant, centred stride before the language model.",
     )
 
     keep: float = 0.5

@@ -12,7 +12,9 @@ from pruneval.methods.base import Card, Method, Needs, Reduction, Shape, Step
 class Vanilla(Method):
     """The model as it is."""
 
-    card: ClassVar[Card] = Card("vanilla", "Vanilla", seam=(), summary="The un-pruned model, the reference of every comparison.")
+    card: ClassVar[Card] = Card(
+        "vanilla", "Vanilla", seam=(), summary="The un-pruned model, the reference of every comparison."
+    )
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
         return {}

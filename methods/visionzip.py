@@ -1,12 +1,13 @@
 """VisionZip (CVPR 2025, arXiv 2412.04467, section 3.2; dvlab-research/VisionZip at 3151f6d).
 
-Before the language model, each image keeps its *dominant* tokens, those with the most attention in the vision encoder, and folds the remaining ones into
-a few *contextual* tokens. Attention is that of the CLS token, summed over heads, in the layer whose output is projected; encoders without CLS use the
-attention a token receives on average. The CLS token itself goes on and counts as dominant. Of the remaining tokens, evenly spaced ones are targets and
-every other joins the target with the most similar key (cosine, keys averaged over heads).
+Before the language model, each image keeps its *dominant* tokens, those with the most attention in the vision encoder,
+and folds the remaining ones into a few *contextual* tokens. Attention is that of the CLS token, summed over heads, in
+the layer whose output is projected; encoders without CLS use the attention a token receives on average. The CLS token
+itself goes on and counts as dominant. Of the remaining tokens, evenly spaced ones are targets and every other joins
+the target with the most similar key (cosine, keys averaged over heads).
 
-Following the released code, a contextual token is its target plus the mean of its members, merged before the projector; the budget is split 54 : 10;
-the order is CLS, dominant, contextual, and position ids are compact.
+Following the released code, a contextual token is its target plus the mean of its members, merged before the
+projector; the budget is split 54 : 10; the order is CLS, dominant, contextual, and position ids are compact.
 """
 
 from __future__ import annotations

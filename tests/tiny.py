@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 IMAGE, PAD, BOS, EOS = 250, 3, 1, 2
 
 
-def llava(kernel: str = "sdpa", layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5 in small: 16 visual tokens per image, grouped queries, deterministic weights that are large enough to matter."""
+def llava(
+    kernel: str = "sdpa", layers: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5 in small: 16 visual tokens per image, grouped queries, deterministic weights that are large enough
+    to matter.
+    """
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14, projection_dim=16
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+        projection_dim=16,
     )
     text = LlamaConfig(
         vocab_size=256,
@@ -38,7 +50,13 @@ def llava(kernel: str = "sdpa", layers: int = 4, dtype: torch.dtype = torch.floa
     return model.to(dtype).eval()
 
 
-def prompt(before: int, after: int, images: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+shared = functools.cache(llava)
+"""One model per kind for all tests; they leave it as it was."""
+
+
+def prompt(
+    before: int, after: int, images: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> dict[str, torch.Tensor]:
     """One sample: text, `images` images of 16 tokens with a text token between them, text."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +68,11 @@ def prompt(before: int, after: int, images: int = 1, seed: int = 0, dtype: torch
         ids += text(1) * (image > 0) + [IMAGE] * 16
     ids += text(after)
     pixels = torch.randn(images, 3, 56, 56, generator=generator, dtype=torch.float64).to(dtype)
-    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long), "pixel_values": pixels}
+    return {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "pixel_values": pixels,
+    }
 
 
 def batch(*samples: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,198 @@
+"""What a method is shown at a boundary, and what it answers.
+
+torch is imported when it is first used, so cards can be listed without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+
+    class _LazyTorch(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module("torch"), name)
+
+    torch = _LazyTorch("torch")
+
+
+class MethodError(ValueError):
+    """A method, a parameter or a reduction that makes no sense, said in one line."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that methods may depend on.
+
+    Attributes:
+        layers, hidden, heads, kv_heads, head_dim: of the language model.
+        vision_layers: layers of the vision tower.
+        feature_layer: the tower's layer (0-based) whose output is projected.
+        has_cls: whether row 0 of a tile in the tower is a CLS token.
+        tiled: whether one image or video may become several tiles.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vision_layers: int = 0
+    feature_layer: int = 0
+    has_cls: bool = False
+    tiled: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method wants to see at one boundary; the engine records only what is asked for.
+
+    Attributes:
+        attention: decoder layers, all before the boundary, whose queries, keys and values it reads.
+        next: whether it reads the attention that the layer at the boundary is about to compute.
+        vision: vision-tower layers whose attention and output it reads.
+    """
+
+    attention: tuple[int, ...] = ()
+    next: bool = False
+    vision: tuple[int, ...] = ()
+
+
+class Attention(Protocol):
+    """One layer's attention for one sample, computed row by row on demand. Softmax runs over the full row, in float32.
+
+    Attributes:
+        query: (H, n, d_h), after rotary embedding.
+        key: (H_kv, n, d_h), after rotary embedding; use `keys()` for all H heads.
+        value: (H_kv, n, d_h).
+        origin: (n,) the origins of the n tokens (decoder layers), or None (vision tower).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    origin: Tensor | None
+
+    def rows(self, index: Tensor | Sequence[int] | int) -> Tensor:
+        """Attention of the query rows `index`, shape (H, r, n)."""
+
+    def received(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Mean over the query rows `index` (default all) of what each token receives, (H, n); no full map is held."""
+
+
+class Vision(Protocol):
+    """What the vision tower saw of one sample: `tiles` crops of P cells each, in the order of the tower.
+
+    Attributes:
+        tiles: number of crops over all images of the sample.
+        has_cls: whether row 0 of every tile is a CLS token (then rows 1..P are the cells).
+        images: tiles of each image, in prompt order.
+        grid: (rows, columns) of a tile's cells, which come row by row; families whose tiles differ in size have none.
+        grids: (rows, columns) of each tile's tokens.
+    """
+
+    tiles: int
+    has_cls: bool
+    images: tuple[int, ...]
+    grid: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
+
+    def attention(self, layer: int) -> list[Attention]:
+        """Attention of a vision layer, one per tile; rows include the CLS token."""
+
+    def hidden(self, layer: int) -> list[Tensor]:
+        """Output of a vision layer, one (P or P + 1, d_v) per tile."""
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(m, d_v) tower outputs through the projector: (m, d)."""
+
+    def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
+        """Numbers on cells, (tiles, P) or (P,) tile by tile, as (N,) numbers on the prompt's visual tokens.
+
+        Tokens without a cell (newlines) get `fill`.
+        """
+
+
+@dataclass
+class Step:
+    """One sample at one boundary: the n tokens about to enter decoder layer `layer`. No padding, no batch dimension.
+
+    Attributes:
+        layer: the boundary, 0-based; 0 is the input of the language model.
+        hidden: (n, d) hidden states.
+        origin: (n,) where each token stood in the un-pruned prompt; tokens a method made itself have origins from the
+            prompt length on.
+        visual: (v,) stream indices of the visual tokens, ascending.
+        total: N, visual tokens of the un-pruned prompt.
+        shape: sizes of the model.
+        embeddings: (S, d) the prompt's embeddings before layer 0, un-pruned; `origin` points into it.
+        spans: unbroken runs of visual tokens in the un-pruned prompt, as (start, stop) origins.
+        generator: gives a private random generator (CPU), the same for this sample in any batch.
+        seen: attention of the decoder layers asked for, by layer.
+        vision: the vision tower's view, if asked for.
+        upcoming: what `next` calls.
+        memory: what the method wants to remember until the next boundary of the same prompt.
+    """
+
+    layer: int
+    hidden: Tensor
+    origin: Tensor
+    visual: Tensor
+    total: int
+    shape: Shape
+    embeddings: Tensor
+    spans: tuple[tuple[int, int], ...]
+    generator: Callable[[], torch.Generator]
+    seen: Mapping[int, Attention] = field(default_factory=dict)
+    vision: Vision | None = None
+    upcoming: Callable[[], Attention] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def next(self) -> Attention:
+        """The attention that layer `layer` is about to compute on this stream; needs `Needs(next=True)`."""
+        if self.upcoming is None:
+            raise MethodError(f"the attention of layer {self.layer} was not asked for in needs()")
+        return self.upcoming()
+
+    @property
+    def text(self) -> Tensor:
+        """Stream indices of the tokens that are not visual, ascending."""
+        flag = torch.ones(len(self.origin), dtype=torch.bool, device=self.origin.device)
+        flag[self.visual] = False
+        return flag.nonzero().squeeze(-1)
+
+    @property
+    def question(self) -> Tensor:
+        """Stream indices of the text after the last visual token, ascending."""
+        return torch.arange(int(self.visual[-1]) + 1, len(self.origin), device=self.origin.device)
+
+    def keep(self, chosen: Tensor) -> Reduction:
+        """The reduction that lets all text and the visual tokens number `chosen` (0..v-1) go on, order as it is."""
+        index = torch.cat([self.text, self.visual[chosen.to(self.visual.device)]])
+        return Reduction(index.sort().values)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The stream that goes on.
+
+    Attributes:
+        keep: (m,) stream indices in the order in which tokens go on; every text token once. A token inherits origin,
+            kind and position from its index.
+        slots: (s,) places in `keep` that get a hidden state of their own (merged or recycled tokens).
+        values: (s, d) those hidden states.
+        added: (s,) which of them are tokens with an origin of their own: their index only lends kind and position.
+    """
+
+    keep: Tensor
+    slots: Tensor | None = None
+    values: Tensor | None = None
+    added: Tensor | None = None
