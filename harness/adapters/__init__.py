@@ -17,6 +17,7 @@ ADAPTERS = {  # config.model_type: module and class
     "internvl": ("internvl", "InternVL"),
     "qwen2_5_vl": ("qwen_vl", "QwenVL"),
     "qwen3_vl": ("qwen_vl", "QwenVL"),
+    "video_llava": ("video_llava", "VideoLlava"),
 }
 
 

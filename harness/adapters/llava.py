@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,7 @@ class TileView:
         self._where = where
         self.project = adapter.project
         self.tiles, self.has_cls, self.images, self.grid = len(where), adapter.has_cls, (1,) * len(where), adapter.grid
+        self.grids = (self.grid,) * self.tiles
 
     def attention(self, layer: int) -> list[HeadAttention]:
         """Attention of a vision layer, one per tile."""
@@ -58,6 +60,6 @@ class TileView:
         """Output of a vision layer, one (P or P + 1, d_v) per tile."""
         return [encoding.hidden[layer][row] for encoding, row in self._where]
 
-    def to_tokens(self, cells: Tensor, fill: float = float("nan")) -> Tensor:
+    def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,): cells and tokens are the same, in the same order."""
-        return torch.as_tensor(cells).reshape(-1)
+        return torch.cat([torch.as_tensor(part).reshape(-1) for part in cells])

@@ -1,14 +1,17 @@
-"""Qwen2.5-VL and Qwen3-VL: images of any size, a merger that makes one token of 2 x 2 patches, rotary ids with three rows, videos.
+"""Qwen2.5-VL and Qwen3-VL: images of any size, a merger that makes one token of 2 x 2 patches, three-row rotary ids, videos.
 
-A tile is an image or one temporal slice of a video (the tower's attention never leaves it), a cell is a patch. Cells come in the order the processor
-makes and the merger needs: token by token in raster order of the merged grid, four cells per token. Qwen2.5-VL permutes them into windows inside the
-tower; that is undone here, and a windowed layer's attention is zero outside the row's window.
+A tile is an image or one temporal slice of a video (the tower's attention never leaves it), a cell is a patch. Cells
+come as the processor makes them and the merger needs them: token by token in raster order of the merged grid, four
+cells per token. Qwen2.5-VL permutes them into windows inside the tower; that is undone here, and a windowed layer's
+attention is zero outside the row's window.
 
-Positions: under "original" a survivor keeps its three ids (time, row, column) and decoding goes on where the un-pruned prompt ends. Under "compact"
-all three rows count 0..n-1, which is what the text model itself does with embeddings that come without ids: the grid is given up.
+Positions: under "original" a survivor keeps its three ids (time, row, column) and decoding goes on where the un-pruned
+prompt ends. Under "compact" all three rows count 0..n-1, which is what the text model itself does with embeddings that
+come without ids: the grid is given up.
 
-Qwen3-VL adds features of middle vision layers to the hidden states of visual tokens behind its first decoder layers. They follow their tokens: a
-survivor gets its own (a merged token those of the token whose place it takes), tokens of a method's making with origins of their own get none.
+Qwen3-VL adds features of middle vision layers to the hidden states of visual tokens behind its first decoder layers.
+They follow their tokens: a survivor gets its own (a merged token those of the token whose place it takes), tokens of a
+method's making with origins of their own get none.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ class QwenVL(Adapter):
     """`Qwen2_5_VLForConditionalGeneration` and `Qwen3VLForConditionalGeneration`."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen3_vl")
+    tiled: ClassVar[bool] = True
 
     def visual_mask(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
@@ -59,8 +63,15 @@ class QwenVL(Adapter):
         return self.config.vision_config.spatial_merge_size**2
 
     def project(self, hidden: Tensor) -> Tensor:
-        """(4 m, d_v) cells, four by four, as (m, d) language-model inputs."""
-        return self.vision_tower.merger(hidden)
+        """Blocks of tower outputs as language-model inputs.
+
+        Args:
+            hidden: (m, 4, d_v), (m, 4 * d_v) or (4 m, d_v), the cells of each block in the order of the tiles.
+
+        Returns:
+            (m, d).
+        """
+        return self.vision_tower.merger(hidden.reshape(-1, self.config.vision_config.hidden_size))
 
     def windowed(self, layer: int) -> bool:
         """Whether the layer's attention is confined to windows."""
@@ -187,7 +198,7 @@ class Item:
 
 
 class GridView:
-    """The view of one sample: see `pruneval.methods.base.Vision`."""
+    """The view of one sample: see `pruneval.methods.base.Vision`. Cells come token by token: there is no `grid` of them."""
 
     has_cls = False
 
@@ -202,13 +213,6 @@ class GridView:
         self.tiles, self.images = len(self._where), tuple(len(item.tiles) for item in items)
         self.grids = tuple(item.grid for item in items for _ in item.tiles)
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The tiles' common grid. Raises: ValueError when they differ."""
-        if len(set(self.grids)) != 1:
-            raise ValueError(f"the tiles have different grids: {self.grids}")
-        return self.grids[0]
-
     def attention(self, layer: int) -> list[HeadAttention]:
         """Attention of a vision layer, one per tile, between cells."""
         return [run.attention(layer, tile) for run, tile in self._where]
@@ -217,6 +221,10 @@ class GridView:
         """Output of a vision layer, one (P, d_v) per tile, four cells per token."""
         return [run.hidden(layer, tile) for run, tile in self._where]
 
+    def blocks(self, cells: Tensor) -> Tensor:
+        """(P, ...) of a tile's cells as (t, 4, ...) of its tokens' blocks."""
+        return cells.unflatten(0, (-1, self.merge))
+
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) or one (P,) per tile -> (N,): the mean over a token's four cells."""
-        return torch.cat([torch.as_tensor(part).reshape(-1) for part in cells]).unflatten(0, (-1, self.merge)).mean(-1)
+        return torch.cat([self.blocks(torch.as_tensor(part)).mean(1) for part in cells])
