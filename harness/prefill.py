@@ -80,6 +80,8 @@ class Prefill:
         """Closes the trace and compares it with the cache. Raises: RuntimeError when they differ."""
         self.done = True
         self.session.recorder.on = False
+        self.encoded, self.embeddings = [], self.embeddings[:, :0]  # what decoding does not need
+        self.__dict__.pop("_visions", None)
         if self.cache is None or not self.active:
             return
         lengths = [self.cache.layers[layer].keys.shape[-2] for layer in range(self.trace.layers)]
@@ -176,7 +178,7 @@ class Prefill:
             total=int(prompt.visual.sum()),
             shape=session.shape,
             embeddings=self.embeddings[row, start:],
-            spans=_runs(prompt.visual),
+            spans=self._spans[row],
             generator=lambda: session.generator(key, index),
             seen={layer: self._seen(layer, row) for layer in need.attention},
             vision=self._visions[row] if need.vision else None,
@@ -200,18 +202,31 @@ class Prefill:
 
     @functools.cached_property
     def _visions(self) -> list[Any]:
-        session = self.session
-        placeholders = [ids[visual] for ids, visual in zip(self.ids, self.visual, strict=True)]
-        counts = [len(ids) for ids in placeholders]
-        total = sum(sum(encoding.lengths) for encoding in self.encoded)
-        beams = sum(counts) // total if total else 0
-        if not beams or sum(counts) != beams * total:
-            name = session.method.card.name
+        adapter, beams = self.session.adapter, self._beams
+        if not beams:
+            name = self.session.method.card.name
             raise UserError(f"{name} reads the vision tower, so images must be encoded within the pruned() block")
-        views = session.adapter.visions(placeholders[::beams], self.encoded)
-        spans = [_runs(tokens.visual) for tokens in self.trace.prompt.samples[::beams]]
-        views = [session.adapter.placed(view, mine) for view, mine in zip(views, spans, strict=True)]
-        return [views[row // beams] for row in range(len(counts))]
+        views = adapter.visions(self._placeholders[::beams], self.encoded)
+        views = [adapter.placed(view, mine) for view, mine in zip(views, self._spans[::beams], strict=True)]
+        return [views[row // beams] for row in range(len(self._placeholders))]
+
+    @functools.cached_property
+    def _spans(self) -> list[tuple[tuple[int, int], ...]]:
+        runs, beams = [_runs(tokens.visual) for tokens in self.trace.prompt.samples], self._beams
+        if not beams:
+            return runs
+        spans = self.session.adapter.spans(runs[::beams], self._placeholders[::beams], self.encoded)
+        return [spans[row // beams] for row in range(len(runs))]
+
+    @functools.cached_property
+    def _placeholders(self) -> list[Tensor]:
+        return [ids[visual] for ids, visual in zip(self.ids, self.visual, strict=True)]
+
+    @functools.cached_property
+    def _beams(self) -> int:
+        """How many rows each encoded sample fills; 0 when the features did not come from this block's encoders."""
+        count, total = sum(map(len, self._placeholders)), sum(sum(encoding.lengths) for encoding in self.encoded)
+        return count // total if total and count % total == 0 else 0
 
     def _key(self, row: int) -> str:
         keys = self.session.sample_keys

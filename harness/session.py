@@ -146,9 +146,10 @@ class Session:
             calls = {key[1]: made for key, made in self.recorder.calls.items() if key[0] == "vision"}
             lengths = tuple(item.shape[:-1].numel() for item in out.pooler_output)
             kind = name.removeprefix("get_").removesuffix("_features")
-            self.encoded.append(
-                Encoding(kind, signature.bind(*args, **kwargs).arguments, lengths, calls, dict(self.vision_hidden))
-            )
+            arguments = signature.bind(*args, **kwargs).arguments
+            # one of a kind per prompt: an earlier one belongs to a prompt that failed
+            self.encoded = [encoding for encoding in self.encoded if encoding.kind != kind]
+            self.encoded.append(Encoding(kind, arguments, lengths, calls, dict(self.vision_hidden)))
             self.recorder.calls.clear()
             return out
 
@@ -218,6 +219,7 @@ class Session:
             return
         run.finish()
         self.trace = run.trace
+        self.vision_hidden.clear()
         self.recorder.calls.clear()
         self.sample_keys = None
 

@@ -373,6 +373,16 @@ def test_no_trace_is_left(name):
         assert session.trace.budget(0).visual == 16
 
 
+def test_a_prompt_that_failed_leaves_nothing_behind():
+    model = tiny.shared()
+    wrong = SAMPLES[0] | {"pixel_values": SAMPLES[1]["pixel_values"]}
+    with pruned(model, build("visionzip")):
+        expected = steps(generate(model, SAMPLES[0]))
+        with pytest.raises(ValueError, match="do not match"):
+            generate(model, wrong)
+        assert torch.equal(steps(generate(model, SAMPLES[0])), expected)
+
+
 # Refusals
 
 
