@@ -133,7 +133,8 @@ class Step:
         total: N, visual tokens of the un-pruned prompt.
         shape: sizes of the model.
         embeddings: (S, d) the prompt's embeddings before layer 0, un-pruned; `origin` points into it.
-        spans: unbroken runs of visual tokens in the un-pruned prompt, as (start, stop) origins.
+        spans: where the images and videos stand in the un-pruned prompt, as (start, stop) origins. One that text
+            interrupts has several; what was encoded outside the block is told apart only by the text between.
         generator: gives a private random generator (CPU), the same for this sample in any batch.
         seen: attention of the decoder layers asked for, by layer.
         vision: the vision tower's view, if asked for.

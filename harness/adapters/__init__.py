@@ -14,6 +14,9 @@ __all__ = ["ADAPTERS", "Adapter", "Encoding", "adapter_for"]
 
 ADAPTERS = {  # config.model_type: module and class
     "llava": ("llava", "Llava"),
+    "llava_next": ("llava_next", "LlavaNext"),
+    "llava_next_video": ("llava_next_video", "LlavaNextVideo"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevision"),
     "internvl": ("internvl", "InternVL"),
     "qwen2_5_vl": ("qwen_vl", "QwenVL"),
     "qwen3_vl": ("qwen_vl", "QwenVL"),

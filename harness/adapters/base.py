@@ -37,11 +37,13 @@ class Adapter(ABC):
     """One model family, by its stock transformers class. A subclass names modules and token ids and holds no state but the model.
 
     The defaults fit transformers' composition `model.model.{vision_tower, multi_modal_projector, language_model}`.
+    `whole_items` says whether `Encoding.lengths` counts whole images and videos, whose placeholders may stand side by side.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     has_cls: ClassVar[bool] = False
     tiled: ClassVar[bool] = False
+    whole_items: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model = model
@@ -124,6 +126,37 @@ class Adapter(ABC):
             placeholders: (N,) ids of the visual tokens of each sample, in prompt order.
             encodings: the runs of the vision tower for this batch; those of a kind fill its placeholders sample by sample.
         """
+
+    def kind(self, placeholder: int) -> str:
+        """What a placeholder stands for: "image" or "video"."""
+        return "video" if placeholder == getattr(self.config, "video_token_id", None) else "image"
+
+    def spans(
+        self, runs: list[tuple[tuple[int, int], ...]], placeholders: list[Tensor], encodings: list[Encoding]
+    ) -> list[tuple[tuple[int, int], ...]]:
+        """Where the images and videos of each sample stand, as `Step.spans`.
+
+        Args:
+            runs: unbroken runs of visual tokens of each sample.
+            placeholders, encodings: as in `visions`.
+        """
+        if not self.whole_items:
+            return runs
+        lengths = {
+            kind: iter([length for encoding in encodings if encoding.kind == kind for length in encoding.lengths])
+            for kind in ("image", "video")
+        }
+        spans = []
+        for ids, mine in zip(placeholders, runs, strict=True):
+            found, first, left = [], 0, 0
+            for start, stop in mine:
+                while start < stop:
+                    left = left or next(lengths[self.kind(int(ids[first]))])
+                    size = min(left, stop - start)
+                    found.append((start, start + size))
+                    start, first, left = start + size, first + size, left - size
+            spans.append(tuple(found))
+        return spans
 
     def placed(self, view: Any, spans: tuple[tuple[int, int], ...]) -> Any:
         """The view of one sample, now that it is known where its visual tokens stand (as `Step.spans`)."""

@@ -17,6 +17,7 @@ class Llava(Adapter):
     """`LlavaForConditionalGeneration` with a CLIP tower."""
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    whole_items: ClassVar[bool] = True
 
     @property
     def has_cls(self) -> bool:  # type: ignore[override]
