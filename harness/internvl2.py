@@ -1,8 +1,8 @@
 """InternVL2 checkpoints, which the hub holds for code of their own, as `InternVLForConditionalGeneration`.
 
 The vision encoder is InternViT-300M (LayerNorm, biases on queries, keys and values) or InternViT-6B (RMSNorm,
-normalised queries and keys); the language model is Qwen2, InternLM2 (Llama with one fused projection) or Phi-3. Nothing of the
-checkpoint's code is run: names and rows are rearranged, and every tensor must find its place. Names follow
+normalised queries and keys); the language model is Qwen2, InternLM2 (Llama with one fused projection) or Phi-3. Nothing
+of the checkpoint's code is run: names and rows are rearranged, and every tensor must find its place. Names follow
 OpenGVLab/InternVL at 2410d1d.
 """
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import tiny_internvl as tiny
 import torch
-from pruneval.harness.errors import UserError
-from pruneval.harness.internvl2 import config_from_remote, convert_state_dict, load_internvl2
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from pruneval.harness.errors import UserError
+from pruneval.harness.internvl2 import config_from_remote, convert_state_dict, load_internvl2
 
 KINDS = ["qwen2", "llama", "phi3"]
 CLASSES = {"qwen2": "Qwen2ForCausalLM", "llama": "InternLM2ForCausalLM", "phi3": "Phi3ForCausalLM"}
@@ -26,7 +27,8 @@ VISION_PARTS = {
     "attention.projection_layer.weight": "attn.proj.weight", "attention.projection_layer.bias": "attn.proj.bias",
     "attention.q_norm.weight": "attn.q_norm.weight", "attention.k_norm.weight": "attn.k_norm.weight",
     "layernorm_before.weight": "norm1.weight", "layernorm_before.bias": "norm1.bias",
-    "layernorm_after.weight": "norm2.weight", "layernorm_after.bias": "norm2.bias", "lambda_1": "ls1", "lambda_2": "ls2",
+    "layernorm_after.weight": "norm2.weight", "layernorm_after.bias": "norm2.bias",
+    "lambda_1": "ls1", "lambda_2": "ls2",
     "mlp.fc1.weight": "mlp.fc1.weight", "mlp.fc1.bias": "mlp.fc1.bias",
     "mlp.fc2.weight": "mlp.fc2.weight", "mlp.fc2.bias": "mlp.fc2.bias",
 }  # fmt: skip
@@ -60,7 +62,7 @@ def vision_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fuse(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int) -> Tensor:
-    """InternLM2's fused rows, written one head at a time: for each key head its query heads, the key head, the value head."""
+    """InternLM2's fused rows, one head at a time: for each key head its query heads, the key head, the value head."""
     size, blocks = len(q) // heads, []
     for group in range(kv_heads):
         for head in range(heads):
@@ -131,7 +133,8 @@ def remote_config(model: nn.Module, kind: str) -> dict[str, Any]:
     seen |= {"qkv_bias": vision.attention_bias, "qk_normalization": vision.use_qk_norm, "drop_path_rate": 0.1}
     templates = {"qwen2": "Hermes-2", "llama": "internlm2-chat", "phi3": "phi3-chat"}
     return {
-        "model_type": "internvl_chat", "architectures": ["InternVLChatModel"], "auto_map": {"AutoModel": "remote.Model"},
+        "model_type": "internvl_chat", "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoModel": "remote.Model"},
         "llm_config": language, "vision_config": seen, "select_layer": -1, "downsample_ratio": 0.5, "ps_version": "v2",
         "dynamic_image_size": True, "use_thumbnail": True, "min_dynamic_patch": 1, "max_dynamic_patch": 12,
         "template": templates[kind], "torch_dtype": "bfloat16", "pad2square": False,
@@ -203,7 +206,7 @@ def rotated(x: Tensor, theta: float) -> Tensor:
 
 
 def internlm2_attention(x: Tensor, fused: Tensor, out: Tensor, heads: int, kv_heads: int, theta: float) -> Tensor:
-    """Causal attention of (n, d) rows from InternLM2's fused projection: one head after the other, no grouping by views."""
+    """Causal attention of (n, d) rows from InternLM2's fused projection, one head after the other."""
     size, per_group = fused.shape[1] // heads, heads // kv_heads
     rows = x @ fused.T
     mixed = []
@@ -258,7 +261,7 @@ def test_a_tensor_without_a_place_is_an_error(tmp_path: Path) -> None:
     model = tiny.internvl("llama")
     state = write(model, "llama", tmp_path)
     save_file(state | {"vision_model.encoder.layers.9.ls1": torch.ones(32)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="layers.9.ls1 has no place"):
+    with pytest.raises(UserError, match=r"layers\.9\.ls1 has no place"):
         load_internvl2(tmp_path)
     save_file(state | {"mlp2.0.weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"mlp2\.0\.weight belongs to no part"):
@@ -283,10 +286,10 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     model = tiny.internvl("qwen2")
     write(model, "qwen2", tmp_path, shards=2)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
+    with pytest.raises(UserError, match=r"lacks model-00002-of-00002\.safetensors"):
         load_internvl2(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
-    with pytest.raises(UserError, match="neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor"):
         load_internvl2(tmp_path)
 
 

@@ -1,7 +1,7 @@
-"""InternVL2 to 3: InternViT with CLS sees tiles of 448 x 448 and, after them, a thumbnail; a video's frames are one tile each.
+"""InternVL2 to 3: InternViT with CLS sees tiles of 448 x 448 and then a thumbnail; a video's frames are one tile each.
 
-Pixel shuffle puts the 2 x 2 cells of a block side by side, (2r, 2c), (2r, 2c + 1), (2r + 1, 2c), (2r + 1, 2c + 1), and the
-projector makes one token of them: a tile has four times as many cells as tokens. Tokens of a tile are in raster order.
+Pixel shuffle puts the 2 x 2 cells of a block side by side, (2r, 2c), (2r, 2c + 1), (2r + 1, 2c), (2r + 1, 2c + 1), and
+the projector makes one token of them: a tile has four times as many cells as tokens. Its tokens are in raster order.
 """
 
 from __future__ import annotations
