@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: images of any size, a merger that makes one token of 2 x 2 patches, three-row rotary ids, videos.
+"""Qwen2.5-VL and Qwen3-VL: images of any size, a merger that makes one token of 2 x 2 patches, three-row ids, videos.
 
 A tile is an image or one temporal slice of a video (the tower's attention never leaves it), a cell is a patch. Cells
 come as the processor makes them and the merger needs them: token by token in raster order of the merged grid, four
@@ -198,7 +198,7 @@ class Item:
 
 
 class GridView:
-    """The view of one sample: see `pruneval.methods.base.Vision`. Cells come token by token: there is no `grid` of them."""
+    """The view of one sample: see `pruneval.methods.base.Vision`. Cells come token by token, so they have no `grid`."""
 
     has_cls = False
 

@@ -1,7 +1,7 @@
 """Video-LLaVA: one CLIP tower for images and one for videos, a projector for both; a tile is an image or a frame.
 
-An image becomes its cells in raster order. A frame of a video becomes its CLS token and then its cells: the CLS is a visual token like any other, but
-it stands for no cell, so numbers on cells say nothing about it.
+An image becomes its cells in raster order. A frame of a video becomes its CLS token and then its cells: the CLS is a
+visual token like any other, but it stands for no cell, so numbers on cells say nothing about it.
 """
 
 from __future__ import annotations
