@@ -81,6 +81,7 @@ def test_tokens_are_blocks_of_cells_in_the_models_order():
     with torch.no_grad(), pruned(model, Probe({0: Needs(vision=(3,))}, see)):
         model(**tiny.prompt(3, 3, (2,)))
     assert torch.equal(views[0].to_tokens(cells.reshape(2, 16)), shuffled.mean(-1).reshape(-1))
+    assert torch.equal(views[0].to_tokens([tile.reshape(16, 1) for tile in cells])[:, 0], shuffled.mean(-1).reshape(-1))
     assert torch.equal(views[0].blocks(cells[1].reshape(16, 1))[..., 0], shuffled[1])
 
 
@@ -105,6 +106,7 @@ def test_views_know_tiles_images_and_spans():
     assert [step.vision.tiles for step in steps] == [3, 5, 1]
     assert [step.spans for step in steps] == [((6, 18),), ((4, 8), (10, 26)), ((10, 14),)]
     assert all(step.vision.has_cls and step.vision.grid == (4, 4) for step in steps)
+    assert [step.vision.grids for step in steps] == [((2, 2),) * tiles for tiles in (3, 5, 1)]
     assert [step.total for step in steps] == [12, 20, 4]
 
 

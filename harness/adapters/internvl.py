@@ -7,6 +7,8 @@ the projector makes one token of them: a tile has four times as many cells as to
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +85,8 @@ class TileView:
         self._where = where
         self.project, self.members = adapter.project, adapter.members
         self.tiles, self.grid = len(where), adapter.grid
+        side = math.isqrt(self.members.shape[1])
+        self.grids = ((self.grid[0] // side, self.grid[1] // side),) * self.tiles
 
     def attention(self, layer: int) -> list[HeadAttention]:
         """Attention of a vision layer, one per tile."""
@@ -96,6 +100,6 @@ class TileView:
         """(P, ...) of a tile's cells as (t, b, ...) of its tokens' blocks."""
         return cells[self.members.to(cells.device)]
 
-    def to_tokens(self, cells: Tensor, fill: float = float("nan")) -> Tensor:
-        """(tiles, P) -> (N,): a token gets the mean over its block; every token has one."""
-        return torch.as_tensor(cells)[:, self.members.to(torch.as_tensor(cells).device)].mean(-1).reshape(-1)
+    def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
+        """(tiles, P) -> (N,), or (tiles, P, k) -> (N, k): a token gets the mean over its block; every token has one."""
+        return torch.cat([self.blocks(torch.as_tensor(tile)).mean(1) for tile in cells])
