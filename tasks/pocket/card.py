@@ -1,0 +1,150 @@
+"""The model card of pocket-llava: figures, training curve and how the weights came to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+NUMBER = 400
+"""Questions per skill behind each figure of the card."""
+
+Figures = dict[str, dict[str, dict[str, float]]]
+Curve = list[dict[str, Any]]
+
+TEXT = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+
+# pocket-llava
+
+A LLaVA of {parameters:.2f} million parameters that answers by looking. It is a stock `LlavaForConditionalGeneration` (CLIP
+tower with a trained CLS token, two-layer projector, Llama decoder) with its own word-level tokenizer and a stock
+`LlavaProcessor`; `from_pretrained` loads it like any model of the hub. It exists so that methods that prune visual
+tokens can be run, tested and compared end to end on a CPU. It knows nothing but the pocket world of this project:
+96 x 96 images with one to five small shapes and digits on a dark, noisy, irrelevant background.
+
+| Part | Dimensions |
+|---|---|
+| Vision tower | CLIP, {vision_layers} layers of {vision_width}, 8 x 8 patches: 144 visual tokens and CLS; feature layer -2 |
+| Projector | two linear layers |
+| Decoder | Llama, {text_layers} layers of {text_width}, tied embeddings, {vocabulary} tokens |
+| Weights | float16 in the file; made for evaluation in float32 |
+
+## Accuracy
+
+Greedy answers through `generate` in float32; {number} questions per skill, each about an image of its own that
+training did not show. "Held-out" images show pairs of kind and colour that training never showed (a green circle, a
+white 2, ...) and, half of them, layouts that it never showed (three or more things, all in one half of the image).
+
+{accuracy}
+
+Other forms of question (yes/no questions as in MME's categories, multiple choice as in ScienceQA):
+
+{other}
+
+## What dropping visual tokens does
+
+Accuracy when only some of the 144 patches reach the decoder (before its first layer, positions kept). "Evidence" are
+the patches that hold what the question is about (all things, for counting and for absence); "CLS" ranks patches by
+the attention of the CLS row, head mean, at the layer that feeds the projector.
+
+{pruning}
+
+{properties}
+
+## Training
+
+`python -m pruneval.tasks.pocket.train` makes these weights again (seed {seed}; with the same library versions and number of
+threads, since floating-point sums depend on both). Every image and question comes from the project's generator.
+
+1. Vision tower ({vision_steps} steps of {vision_batch} new images): each patch names kind and colour of what it holds and its place, at the
+   feature layer and the one below; the CLS token names all pairs of kind and colour, at the feature layer and the last.
+2. Alignment ({align_steps} steps): projector and word embeddings move until a projected patch points at the words for its kind,
+   its colour and its place. The tower is frozen from here on.
+3. Decoder ({language_steps} steps of {language_batch} images from a pool of {pool}, 11 questions and captions each): the loss counts answers, and
+   attributes in captions. The questions about an image share a sequence, but each sees the image and itself only.
+
+**Trained on thinned images.** In most steps of stage 3 the decoder does not get the whole image: it gets all patches
+that hold things (in three steps of ten a random few of each thing's) and random background up to 48 or 24 patches, now
+and then with positions closed up. This is faster, and it makes the model more at ease with dropped
+tokens than a model that always saw all of them; large models owe the same ease to their size. The last
+12 % of the steps use whole images only. No step removes a whole thing.
+
+Time on two CPU cores: {times}.
+
+![Training curve](training.png)
+
+Figures on a small test set while training (vision: kind and colour right over the patches that hold things, F1 of the
+CLS token's pairs; language: accuracy per skill).
+
+{vision_curve}
+
+{language_curve}
+
+Licence: Apache-2.0, like the project. No data but the generator's was used.
+"""
+
+
+def write(out: Path, figures: Figures, curve: Curve, facts: dict[str, Any]) -> None:
+    """Write README.md and training.png beside the weights."""
+    test, heldout = figures["test"], figures["heldout"]["all patches"]
+    accuracy = {"test": test["all patches"], "held-out": heldout}
+    seen = {stage: [e for e in curve if e["stage"] == stage and "loss" in e] for stage in ("vision", "language")}
+    times = ", ".join(
+        f"{stage} {max((e.get('seconds', 0) for e in curve if e['stage'] == stage), default=0) / 60:.0f} min"
+        for stage in ("vision", "align", "language")
+    )
+    text = TEXT.format(
+        number=NUMBER, accuracy=_table("Images", accuracy), other=_table("", figures["other"]),
+        pruning=_table("Kept", test), properties=_properties(test), times=times,
+        vision_curve=_steps(seen["vision"], ("loss", "kind", "colour", "f1"), 100),
+        language_curve=_steps(seen["language"], ("loss", *list(heldout)[:-1]), 100), **facts,
+    )  # fmt: skip
+    (out / "README.md").write_text(text)
+    _plot(out / "training.png", seen)
+
+
+def _table(corner: str, rows: dict[str, dict[str, float]]) -> str:
+    names = list(next(iter(rows.values())))
+    lines = [f"| {corner} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {key} | " + " | ".join(f"{row[n]:.3f}" for n in names) + " |" for key, row in rows.items()]
+    return "\n".join(lines)
+
+
+def _properties(test: dict[str, dict[str, float]]) -> str:
+    """The properties the world was made for, with what was measured."""
+    mean = {key: 100 * row["mean"] for key, row in test.items()}
+    rows = [
+        ("Evidence only costs at most 2 points", mean["all patches"] - mean["evidence only"]),
+        ("CLS top 25 % beats random by at least 5", mean["CLS top 25 %"] - mean["random 25 %"]),
+        ("CLS top 11 % beats random by at least 5", mean["CLS top 11 %"] - mean["random 11 %"]),
+        ("Random 11 % costs at least 20", mean["all patches"] - mean["random 11 %"]),
+    ]
+    return "\n".join(["| Wanted (mean of skills) | Points |", "|---|---|", *(f"| {n} | {v:.1f} |" for n, v in rows)])
+
+
+def _steps(curve: Curve, names: tuple[str, ...], every: int) -> str:
+    lines = ["| step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines += [
+        f"| {e['step']} | " + " | ".join(f"{e[n]:.3f}" for n in names) + " |" for e in curve if e["step"] % every == 0
+    ]
+    return "\n".join(lines)
+
+
+def _plot(path: Path, seen: dict[str, Curve]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, (stage, curve) in zip(axes, seen.items(), strict=True):
+        skip = {"stage", "step", "seconds", "loss", "ground"}
+        for name in [n for n in (curve[0] if curve else {}) if n not in skip]:
+            axis.plot([e["step"] for e in curve], [e[name] for e in curve], label=name)
+        axis.set(title=stage, xlabel="step", ylabel="held-out accuracy", ylim=(0, 1.02))
+        axis.legend(fontsize=7, loc="lower right")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

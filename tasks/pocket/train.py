@@ -1,0 +1,107 @@
+"""Train pocket-llava from nothing: ``python -m pruneval.tasks.pocket.train --out DIR``.
+
+Three stages, in the order of the real models: the vision tower, the alignment of the projector with the words, the
+decoder. Scenes and questions come from the project's own generator and every random choice is seeded. A run that was
+interrupted goes on from its last checkpoint in ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from pruneval.tasks.pocket import build, card, evaluate, language, vision
+
+MODEL = Path(__file__).parent / "models" / "pocket-llava"
+SEED = 0
+VISION_STEPS, VISION_BATCH = 1000, 64
+POOL, ALIGN_STEPS = 16384, 400
+LANGUAGE_STEPS, LANGUAGE_BATCH = 900, 24
+
+
+class Journal:
+    """Prints figures and keeps them, one JSON object a line, for the training curve."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        entry = {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(" ".join(f"{k} {v}" for k, v in entry.items()), flush=True)
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write weights (float16) and processor; the model itself stays in float32."""
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.half() for k, v in model.state_dict().items()}
+    copy = build.model(processor.tokenizer).half()
+    copy.load_state_dict(weights)
+    copy.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def train(out: Path, work: Path) -> None:
+    """All stages, then the figures and the model card."""
+    journal = Journal(work / "curve.jsonl")
+    tower = vision.train(work, VISION_STEPS, VISION_BATCH, SEED, journal)
+
+    start = time.time()
+    torch.manual_seed(SEED + 1)
+    processor = build.processor()
+    model = build.model(processor.tokenizer)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    pool, test = language.Pool(model, POOL, SEED), language.Pool(model, 192, SEED + 99, "test")
+    if not (work / "language.pt").exists():
+        language.align(model, processor.tokenizer, pool, ALIGN_STEPS, SEED, journal)
+        journal({"stage": "align", "step": ALIGN_STEPS, "seconds": round(time.time() - start)})
+    language.teach(model, processor.tokenizer, pool, test, work, LANGUAGE_STEPS, LANGUAGE_BATCH, SEED, journal)
+    save(model, processor, out)
+    finish(out, journal)
+
+
+def finish(out: Path, journal: Journal) -> None:
+    """Measure the saved model and write its card."""
+    model, processor = evaluate.load(out)
+    figures = {
+        "test": evaluate.measure(model, processor, card.NUMBER),
+        "heldout": evaluate.measure(model, processor, card.NUMBER, conditions=["all patches"], split="heldout"),
+        "other": evaluate.measure(model, processor, card.NUMBER, evaluate.OTHER_SKILLS, ["all patches"]),
+    }
+    config = model.config
+    facts = {
+        "parameters": model.num_parameters() / 1e6, "vision_layers": config.vision_config.num_hidden_layers,
+        "vision_width": config.vision_config.hidden_size, "text_layers": config.text_config.num_hidden_layers,
+        "text_width": config.text_config.hidden_size, "vocabulary": len(processor.tokenizer), "seed": SEED,
+        "vision_steps": VISION_STEPS, "vision_batch": VISION_BATCH, "align_steps": ALIGN_STEPS, "pool": POOL,
+        "language_steps": LANGUAGE_STEPS, "language_batch": LANGUAGE_BATCH,
+    }  # fmt: skip
+    card.write(out, figures, journal.read(), facts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=MODEL, help="folder for the weights and the model card")
+    parser.add_argument("--work", type=Path, default=None, help="folder for checkpoints (default: OUT/../.OUT-work)")
+    parser.add_argument("--card-only", action="store_true", help="measure the weights in OUT and write the card again")
+    args = parser.parse_args()
+    work = args.work or args.out.parent / f".{args.out.name}-work"
+    if args.card_only:
+        finish(args.out, Journal(work / "curve.jsonl"))
+    else:
+        train(args.out, work)
+
+
+if __name__ == "__main__":
+    main()
