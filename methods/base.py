@@ -68,11 +68,16 @@ class Method:
     """A pruning method. Subclasses are frozen dataclasses with a class attribute `card`.
 
     `positions` says what happens to position ids: "original" (survivors keep theirs) or "compact" (renumbered);
-    methods where both make sense have a parameter `position_mode`.
+    methods where both make sense have a parameter `position_mode`. `knob` names the parameter that sets the budget, from
+    0 (least) to 1 (all). `bound` says that how many tokens stay depends on the sample, and that `schedule` is the most.
+    `presets` are published settings: "model@tokens" -> parameters.
     """
 
     card: ClassVar[Card]
     positions: ClassVar[Positions] = "original"
+    knob: ClassVar[str] = "keep"
+    bound: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {}
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
