@@ -27,6 +27,7 @@ def shape_of(dimensions: Dimensions) -> Shape:
         vision_layers=vision.layers,
         feature_layer=vision.layers - (2 if vision.pre_norm else 1),
         has_cls=vision.class_tokens > 0,
+        sheets=dimensions.newline,
         tiled=dimensions.newline or dimensions.family in ("internvl", "qwen2_5_vl", "video_llava"),
     )
 

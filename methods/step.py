@@ -37,6 +37,7 @@ class Shape:
         feature_layer: the tower's layer (0-based) whose output is projected.
         has_cls: whether row 0 of a tile in the tower is a CLS token.
         tiled: whether one image or video may become several tiles.
+        sheets: whether tiles are put together to larger grids, with newline tokens; then the view is a `Sheets`.
     """
 
     layers: int
@@ -48,6 +49,7 @@ class Shape:
     feature_layer: int = 0
     has_cls: bool = False
     tiled: bool = False
+    sheets: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,12 @@ class Attention(Protocol):
     key: Tensor
     value: Tensor
     origin: Tensor | None
+
+    def rotated(self, vectors: Tensor) -> Tensor:
+        """(..., n, d_h) vectors with the rotary embedding of the n tokens (decoder layers)."""
+
+    def unrotated(self) -> Attention:
+        """The same attention without rotary embedding (decoder layers)."""
 
     def rows(self, index: Tensor | Sequence[int] | int) -> Tensor:
         """Attention of the query rows `index`, shape (H, r, n)."""
@@ -118,6 +126,32 @@ class Vision(Protocol):
 
         Tokens without a cell (newlines) get `fill`.
         """
+
+
+class Sheets(Vision, Protocol):
+    """The view of a family that lays several tiles out as one grid of tokens, a *sheet*; see `Shape.sheets`.
+
+    Sheets may be cut (padding) and resampled or pooled, and may have newline tokens, which no cell stands behind. Here
+    `to_tokens` also takes (tiles, P, k) and gives (N, k), and `grids` are those of the tiles before they are put together.
+    """
+
+    def tile_of(self) -> Tensor:
+        """(N,) the tile under the middle of each visual token, -1 for newlines."""
+
+    def cell_of(self) -> Tensor:
+        """(N,) the cell of that tile under the middle of each visual token, -1 for newlines."""
+
+    def is_newline(self) -> Tensor:
+        """(N,) which visual tokens are newlines."""
+
+    def token_of(self) -> Tensor:
+        """(tiles, P) number of the visual token that is this cell, -1 where there is none: cut away, resampled or pooled."""
+
+    def sheet_of(self) -> Tensor:
+        """(N,) number of the sheet each visual token is in; a newline is in the sheet it belongs to."""
+
+    def place_of(self) -> Tensor:
+        """(N, 2) row and column in the sheet; newlines stand right of their row, or below the last one."""
 
 
 @dataclass
@@ -191,9 +225,12 @@ class Reduction:
         slots: (s,) places in `keep` that get a hidden state of their own (merged or recycled tokens).
         values: (s, d) those hidden states.
         added: (s,) which of them are tokens with an origin of their own: their index only lends kind and position.
+        weights: (m,) how many tokens each counts as in the attention of all layers from here on, decoding included
+            (log of it is added to the logits of its column); None leaves them as they are.
     """
 
     keep: Tensor
     slots: Tensor | None = None
     values: Tensor | None = None
     added: Tensor | None = None
+    weights: Tensor | None = None

@@ -8,6 +8,11 @@ the target with the most similar key (cosine, keys averaged over heads).
 
 Following the released code, a contextual token is its target plus the mean of its members, merged before the
 projector; the budget is split 54 : 10; the order is CLS, dominant, contextual, and position ids are compact.
+
+Where tiles are put together to larger sheets of tokens (LLaVA-NeXT and its successors), every tile has a share of the budget and newline tokens go;
+in a sheet of several tiles the dominant tokens come first, in raster order, then the CLS tokens, then the contextual ones. The released code gives
+every tile the same share and may choose cells that only show padding. Here candidates are the tokens of the prompt, so padding is never chosen and a
+tile's share follows the tokens it has; scores, keys and features of resampled or pooled tokens are resampled and pooled as the tokens are.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pruneval.methods.base import (
+    Attention,
     Card,
     Method,
     MethodError,
@@ -33,7 +39,7 @@ from pruneval.methods.base import (
 
 @dataclass(frozen=True)
 class VisionZip(Method):
-    """Keeps a fraction `keep` of each image's tokens, at least two: 54 of 64 dominant, 10 contextual."""
+    """Keeps a fraction `keep` of each image's (or tile's) tokens, at least two: 54 of 64 dominant, 10 contextual."""
 
     card: ClassVar[Card] = Card(
         "visionzip",
@@ -52,7 +58,7 @@ class VisionZip(Method):
     position_mode: Positions = "compact"
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
-        if shape.tiled:
+        if shape.tiled and not shape.sheets:
             raise MethodError("visionzip: not written for models that cut an image into tiles yet")
         return {0: Needs(vision=(shape.feature_layer,))}
 
@@ -60,6 +66,8 @@ class VisionZip(Method):
         return [sum(split(n, self.keep))] * shape.layers
 
     def reduce(self, step: Step) -> Reduction | None:
+        if step.shape.sheets:
+            return self._reduce_sheets(step)
         vision, layer = step.vision, step.shape.feature_layer
         per_tile = len(step.visual) // vision.tiles
         dominant, contextual = split(per_tile, self.keep)
@@ -81,6 +89,41 @@ class VisionZip(Method):
             added += [False] * contextual
         return self._placed(step, torch.cat(order), slots, vision.project(torch.cat(values)), added)
 
+    def _reduce_sheets(self, step: Step) -> Reduction | None:
+        vision, layer = step.vision, step.shape.feature_layer
+        cls, tile_of, sheet_of = int(vision.has_cls), vision.tile_of(), vision.sheet_of()
+        candidates = [(tile_of == tile).nonzero().squeeze(-1) for tile in range(vision.tiles)]
+        total = max(2, kept(step.total, self.keep))
+        shares = spread(total, [len(mine) for mine in candidates])
+        if max(total, sum(shares)) >= step.total:
+            return None
+        hidden, attention = vision.hidden(layer), vision.attention(layer)
+        score, keys, features = (
+            vision.to_tokens(torch.stack([one[cls:] for one in each]))
+            for each in ([salience(one, cls) for one in attention], [one.key.mean(0) for one in attention], hidden)
+        )
+        sheets: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+        for tile, (mine, share) in enumerate(zip(candidates, shares, strict=True)):
+            part = (mine, mine[:0], hidden[tile][:0], mine[:0], features[:0])
+            if share < len(mine):
+                contextual = max(1, round(share * 10 / 64))
+                found = choose(score[mine], keys[mine], features[mine], share - contextual - cls, contextual)
+                part = (mine[found[0]], mine[:cls], hidden[tile][:cls], mine[found[1]], found[2])
+            if share:
+                sheets.setdefault(int(sheet_of[mine[0]]), []).append(part)
+        order, slots, values, added = [], [], [], []
+        for parts in sheets.values():
+            dominant, lent, classes, targets, merged = (torch.cat(part) for part in zip(*parts, strict=True))
+            whole = [(lent, classes, True), (dominant.sort().values, None, False), (targets, merged, False)]
+            for index, made, new in whole if len(parts) == 1 else (whole[1], whole[0], whole[2]):
+                if made is not None:
+                    place = sum(map(len, order))
+                    slots += range(place, place + len(index))
+                    values.append(made)
+                    added += [new] * len(index)
+                order.append(index)
+        return self._placed(step, step.visual[torch.cat(order)], slots, vision.project(torch.cat(values)), added)
+
     def _placed(
         self, step: Step, visual: torch.Tensor, slots: list[int], values: torch.Tensor, added: list[bool]
     ) -> Reduction:
@@ -91,7 +134,8 @@ class VisionZip(Method):
         order = torch.sort(torch.cat([place, step.text]), stable=True).indices
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
-        return Reduction(keep[order], back[torch.tensor(slots)], values, torch.tensor(added))
+        index = torch.tensor(slots, dtype=torch.long, device=order.device)
+        return Reduction(keep[order], back[index], values, torch.tensor(added, dtype=torch.bool))
 
 
 def split(n: int, keep: float) -> tuple[int, int]:
@@ -109,13 +153,35 @@ def fold(
     """Dominant cells (ascending), target cells (ascending) and the contextual tokens' features (C, d_v) of one tile."""
     attention, hidden = vision.attention(layer)[tile], vision.hidden(layer)[tile]
     cls = int(vision.has_cls)
-    score = attention.rows(0)[:, 0].sum(0) if cls else attention.received().mean(0)
-    chosen = strongest(score[cls:], dominant - cls)
-    rest = torch.ones(len(score) - cls, dtype=torch.bool, device=score.device)
+    return choose(salience(attention, cls)[cls:], attention.key.mean(0)[cls:], hidden[cls:], dominant - cls, contextual)
+
+
+def salience(attention: Attention, cls: int) -> torch.Tensor:
+    """(P or P + 1,) attention of the CLS token in row 0, summed over heads, or without one what a token receives on average."""
+    return attention.rows(0)[:, 0].sum(0) if cls else attention.received().mean(0)
+
+
+def choose(
+    score: torch.Tensor, keys: torch.Tensor, features: torch.Tensor, dominant: int, contextual: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of n tokens with scores (n,), keys (n, d_h) and features (n, d): the dominant, the targets (both ascending), and the latter's
+    new features (contextual, d)."""
+    chosen = strongest(score, dominant)
+    rest = torch.ones(len(score), dtype=torch.bool, device=score.device)
     rest[chosen] = False
     rest = rest.nonzero().squeeze(-1)
-    targets, merged = merge(hidden[cls:][rest], attention.key.mean(0)[cls:][rest], contextual)
+    targets, merged = merge(features[rest], keys[rest], contextual)
     return chosen, rest[targets], merged
+
+
+def spread(total: int, sizes: list[int]) -> list[int]:
+    """`total` tokens over tiles in proportion to their sizes, rounded by largest remainder; at least two of each, at most all."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(part) for part in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda tile: shares[tile] - exact[tile])
+    for tile in by_remainder[: total - sum(shares)]:
+        shares[tile] += 1
+    return [min(size, max(2, share)) for size, share in zip(sizes, shares, strict=True)]
 
 
 def merge(features: torch.Tensor, keys: torch.Tensor, contextual: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,12 +49,12 @@ class Sheet:
         return rows * columns + {"rows": rows, "end": 1, "none": 0}[self.newline]
 
     def numbers(self, cells: Tensor, fill: float) -> Tensor:
-        """(tiles, h, w) numbers on the cells of the sheet's tiles as (tokens,) numbers; newlines get `fill`."""
+        """(k, tiles, h, w) numbers on the cells of the sheet's tiles as (k, tokens) numbers; newlines get `fill`."""
         top, left, height, width = self.cut
-        grid = cells.unflatten(0, self.tiles).transpose(1, 2).flatten(2, 3).flatten(0, 1)
-        grid = grid[top : top + height, left : left + width]
+        grid = cells.unflatten(1, self.tiles).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        grid = grid[:, top : top + height, left : left + width]
         if self.resample is not None:
-            grid = self.resample(grid[None, None])[0, 0]
+            grid = self.resample(grid[None])[0]
         return self._with_newlines(grid, fill)
 
     def nearest(self, cell: Size) -> Tensor:
@@ -79,7 +79,7 @@ class Sheet:
     def _with_newlines(self, grid: Tensor, fill: float) -> Tensor:
         if self.newline == "rows":
             grid = nn.functional.pad(grid, (0, 1), value=fill)
-        return nn.functional.pad(grid.flatten(), (0, int(self.newline == "end")), value=fill)
+        return nn.functional.pad(grid.flatten(-2), (0, int(self.newline == "end")), value=fill)
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class AnyRes(Adapter):
     """What the families have in common. A subclass says how a video is laid out, and what differs for images."""
 
     tiled: ClassVar[bool] = True
+    sheets: ClassVar[bool] = True
     whole_items: ClassVar[bool] = True
 
     @property
@@ -199,7 +200,7 @@ class Bilinear:
 
 
 class SheetView:
-    """The view of one sample: see `pruneval.methods.base.Vision`."""
+    """The view of one sample: see `pruneval.methods.step.Sheets`."""
 
     def __init__(self, adapter: AnyRes, items: Sequence[Item], device: torch.device) -> None:
         """
@@ -228,10 +229,14 @@ class SheetView:
         return [encoding.hidden[layer][row] for encoding, row in self._where]
 
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
-        """(tiles, P) -> (N,): put together, cut, resampled or pooled as the model does with features; newlines get `fill`."""
-        cells = torch.stack([torch.as_tensor(part) for part in cells]).unflatten(1, self.grid)
-        cells = cells if cells.is_floating_point() else cells.to(torch.get_default_dtype())
-        return torch.cat([sheet.numbers(cells[first:last], fill) for sheet, first, last in self._parts()])
+        """(tiles, P) -> (N,) or (tiles, P, k) -> (N, k): put together, cut, resampled or pooled as the model does with
+        features; newlines get `fill`.
+        """
+        stack = torch.stack([torch.as_tensor(part) for part in cells]).unflatten(1, self.grid)
+        stack = stack if stack.is_floating_point() else stack.to(torch.get_default_dtype())
+        maps = stack[None] if stack.ndim == 3 else stack.movedim(-1, 0)
+        tokens = torch.cat([sheet.numbers(maps[:, first:last], fill) for sheet, first, last in self._parts()], dim=1)
+        return tokens[0] if stack.ndim == 3 else tokens.T
 
     def tile_of(self) -> Tensor:
         """(N,) the tile under the middle of each token, -1 for newlines."""

@@ -43,6 +43,7 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]] = ()
     has_cls: ClassVar[bool] = False
     tiled: ClassVar[bool] = False
+    sheets: ClassVar[bool] = False
     whole_items: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
@@ -180,6 +181,7 @@ class Adapter(ABC):
             feature_layer=self.feature_layer,
             has_cls=self.has_cls,
             tiled=self.tiled,
+            sheets=self.sheets,
         )
 
     def supports(self, method: Method) -> str | None:
