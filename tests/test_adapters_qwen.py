@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL under pruning: three-row positions, windows, the merger's order, features added on the way."""
+"""Qwen2.5-VL and Qwen3-VL under pruning: three-row positions, windows, the merger's order, added features."""
 
 from __future__ import annotations
 
@@ -322,6 +322,9 @@ def test_projected_tiles_are_the_models_features_in_prompt_order(family):
     one, two = (step.vision for step in steps_seen)
     assert (one.tiles, one.images, one.grids, one.has_cls) == (1, (1,), ((4, 6),), False)
     assert (two.tiles, two.images, two.grids) == (4, (1, 1, 2), ((2, 2), (3, 3), (3, 2), (3, 2)))
+    (whole,), (first, second, *video) = (step.spans for step in steps_seen)
+    assert (whole, first, second) == ((5, 29), (4, 8), (11, 20))
+    assert video == ([(24, 30), (32, 38)] if family == "qwen3_vl" else [(24, 36)])
     for step in steps_seen:
         features = torch.cat([step.vision.project(tile) for tile in step.vision.hidden(3)])
         torch.testing.assert_close(features, step.embeddings[step.origin[step.visual]], **CLOSE)

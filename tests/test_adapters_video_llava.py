@@ -251,6 +251,14 @@ def test_tiles_are_the_models_features_in_prompt_order():
             torch.testing.assert_close(features, step.embeddings[step.origin[step.visual]], **CLOSE)
 
 
+def test_images_and_videos_side_by_side_are_told_apart():
+    found: list[Step] = []
+    with torch.no_grad(), pruned(shared(), Probe(found.append)):
+        shared()(**prompt(2, "image", "video", "video", "image", "image", 1, frames=2))
+    assert found[0].spans == ((3, 19), (19, 53), (53, 87), (87, 103), (103, 119))
+    assert found[0].vision.images == (1, 2, 2, 1, 1)
+
+
 def test_attention_of_each_tower_leads_from_its_input_to_its_output():
     model, found = shared(), []
     with torch.no_grad(), pruned(model, Probe(found.append)):

@@ -36,6 +36,7 @@ class QwenVL(Adapter):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl", "qwen3_vl")
     tiled: ClassVar[bool] = True
+    whole_items: ClassVar[bool] = True
 
     def visual_mask(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
@@ -87,7 +88,7 @@ class QwenVL(Adapter):
         for ids in placeholders:
             mine, start = [], 0
             while start < len(ids):
-                item = next(items["video" if int(ids[start]) == self.config.video_token_id else "image"])
+                item = next(items[self.kind(int(ids[start]))])
                 mine.append(item)
                 start += item.tokens
             views.append(GridView(self, mine))

@@ -6,6 +6,7 @@ visual token like any other, but it stands for no cell, so numbers on cells say 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ class VideoLlava(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
     has_cls: ClassVar[bool] = True
     tiled: ClassVar[bool] = True
+    whole_items: ClassVar[bool] = True
 
     def visual_mask(self, input_ids: Tensor) -> Tensor:
         return (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
@@ -44,13 +46,22 @@ class VideoLlava(Adapter):
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         return side, side
 
+    def spans(
+        self, runs: list[tuple[tuple[int, int], ...]], placeholders: list[Tensor], encodings: list[Encoding]
+    ) -> list[tuple[tuple[int, int], ...]]:
+        whole = []
+        for encoding in encodings:  # a video's lengths are those of its frames
+            lengths = tuple(sum(encoding.lengths[row] for _, row in item) for item in _items([encoding]))
+            whole.append(dataclasses.replace(encoding, lengths=lengths))
+        return super().spans(runs, placeholders, whole)
+
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
         items = {kind: _items([each for each in encodings if each.kind == kind]) for kind in ("image", "video")}
         views = []
         for ids in placeholders:
             mine, start = [], 0
             while start < len(ids):
-                item = next(items["video" if int(ids[start]) == self.config.video_token_id else "image"])
+                item = next(items[self.kind(int(ids[start]))])
                 mine.append(item)
                 start += sum(encoding.lengths[row] for encoding, row in item)
             views.append(FrameView(self, mine))
