@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, processors
 from transformers import (
     GotOcr2ImageProcessorPil,
+    InternVLForConditionalGeneration,
     InternVLProcessor,
     InternVLVideoProcessor,
     PreTrainedTokenizerBase,
@@ -24,6 +26,7 @@ from transformers import (
 )
 
 from pruneval.harness.errors import UserError, unknown
+from pruneval.harness.internvl2 import load_internvl2
 from pruneval.harness.internvl2_config import config_from_remote, read_json, special_ids
 from pruneval.harness.sentencepiece_model import fast_tokenizer, read_model
 
@@ -67,6 +70,13 @@ _JINJA = """\
 {{ CLOSING }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ opening['assistant'] }}{%- endif -%}"""
+
+
+def load_checkpoint(
+    folder: str | Path, dtype: torch.dtype, device: str = "cpu", kernel: str | None = None
+) -> tuple[InternVLForConditionalGeneration, InternVLProcessor]:
+    """Model and processor of a checkpoint folder; see `load_internvl2` and `load_processor`. Raises: UserError."""
+    return load_internvl2(folder, dtype, device, kernel), load_processor(folder)
 
 
 def load_processor(folder: str | Path) -> InternVLProcessor:

@@ -232,6 +232,22 @@ def test_a_folder_answers_questions_about_images_and_videos(tmp_path: Path) -> N
     assert session.trace.budget().visual == 32
 
 
+def test_models_are_loaded_by_folder_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pruneval.harness import models as registry
+
+    folder = tmp_path / "InternVL2-2B"
+    folder.mkdir()
+    original = write_folder(folder)
+    (folder / "preprocessor_config.json").write_text("{}")  # the checkpoints have one, of another kind
+    assert registry.locate(str(folder)).entry.family == "internvl"
+    monkeypatch.setenv("PRUNEVAL_MODELS", str(tmp_path))
+    loaded = registry.load("internvl2-2b", device="cpu", kernel="eager")
+    assert loaded.model.dtype == torch.float32 and loaded.kernel == loaded.model.config._attn_implementation == "eager"
+    assert type(loaded.adapter).__name__ == "InternVL" and loaded.entry.paper_tokens == 1280
+    assert loaded.processor.image_token_id == loaded.model.config.image_token_id
+    torch.testing.assert_close(loaded.model.lm_head.weight, original.lm_head.weight.float())
+
+
 def test_tiles_are_the_published_ones(tmp_path: Path) -> None:
     write_folder(tmp_path)
     remote = json.loads((tmp_path / "config.json").read_text())
