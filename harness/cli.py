@@ -1,0 +1,257 @@
+"""The command line. Nothing heavy is imported before it is needed: help and lists answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pruneval.harness.errors import UserError
+
+EXAMPLES = """\
+examples:
+  pruneval eval --method fastv                              pocket-llava on the pocket suite, beside vanilla
+  pruneval eval --method random --set keep=0.25 --limit 20
+  pruneval eval --model llava-1.5-7b --method fastv --suite core5 --device cuda
+  pruneval list methods                                     also: models, suites, benchmarks; --json for programs
+  pruneval report                                           every table of a results folder
+"""
+
+EVAL = """\
+The method and vanilla are run on every benchmark, and compared in a table. What is done already is reused; what was
+interrupted goes on where it stopped. exit codes: 0 done, 1 a sample failed, 2 bad input, 130 interrupted.
+
+examples:
+  pruneval eval --method fastv --set keep=0.5 --set layer=2
+  pruneval eval --method visionzip --benchmark pocket-mme --benchmark pocket-pope --limit 40
+  pruneval eval --model /path/to/llava-1.5-7b-hf --method fastv --suite core5 --dtype float16
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say it and leave with 2."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parser(command: str = "") -> argparse.ArgumentParser:
+    """The command line's grammar; the options of `measure` are filled in when it is the command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = Parser(
+        prog="pruneval",
+        description="Compare visual-token pruning methods for multimodal language models: quality and cost.",
+        epilog=EXAMPLES,
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="store_true", help="print the version and leave")
+    commands = top.add_subparsers(dest="command", metavar="command")
+
+    run = commands.add_parser(
+        "eval", help="run a method beside vanilla and print the table", epilog=EVAL, formatter_class=raw, allow_abbrev=False
+    )
+    run.add_argument("--model", default="pocket-llava", help="a name of `pruneval list models`, or a folder (default: %(default)s)")
+    run.add_argument("--method", required=True, help="a name of `pruneval list methods`")
+    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--suite", help="a name of `pruneval list suites` (default: pocket)")
+    where.add_argument("--benchmark", action="append", metavar="B", help="a name of `pruneval list benchmarks`; may be repeated")
+    run.add_argument("--limit", type=_whole("--limit"), metavar="N", help="only the first N questions of each benchmark")
+    run.add_argument("--batch-size", type=_whole("--batch-size"), default=8, metavar="B", help="samples per step; changes no answer (default: 8)")
+    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    run.add_argument("--dtype", help="float32, float16, bfloat16 (default: float32 on a CPU, else the model's own)")
+    run.add_argument("--kernel", help="attention: sdpa, eager, flash_attention_2 (default: sdpa)")
+    run.add_argument("--seed", type=_whole("--seed", 0), default=0, metavar="S", help="of methods that draw at random (default: 0)")
+    run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results folder (default: runs)")
+
+    report = commands.add_parser("report", help="print every table of a results folder", allow_abbrev=False)
+    report.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results folder (default: runs)")
+
+    listing = commands.add_parser("list", help="what there is: methods, models, suites, benchmarks", allow_abbrev=False)
+    listing.add_argument("what", choices=("methods", "models", "suites", "benchmarks"))
+    listing.add_argument("--json", action="store_true", help="a list of objects, for programs")
+
+    measure = commands.add_parser("measure", help="what a method costs on a model, computed from dimensions", allow_abbrev=False)
+    if command == "measure":
+        from pruneval.harness.measure import add_arguments
+
+        add_arguments(measure)
+    return top
+
+
+def _whole(name: str, least: int = 1) -> Any:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise UserError(f"{name} must be a whole number of at least {least}, not {text!r}")
+        return number
+
+    return parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    out = Path("runs")
+    try:
+        grammar = parser(argv[0] if argv else "")
+        args = grammar.parse_args(argv)
+        if args.version:
+            from importlib.metadata import version
+
+            print(f"pruneval {version('pruneval')}")
+            return 0
+        if not args.command:
+            grammar.print_help()
+            return 0
+        out = getattr(args, "out", out)
+        return {"eval": _eval, "report": _report, "list": _list, "measure": _measure}[args.command](args)
+    except UserError as error:
+        print(f"pruneval: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("pruneval: interrupted; finished answers are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"pruneval: internal error: {message}\npruneval: the full traceback is in {_log(out)}", file=sys.stderr)
+        return 1
+
+
+def _log(out: Path) -> str:
+    from pruneval.harness.records import write_atomically
+
+    path = out / "logs" / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    text = traceback.format_exc()
+    try:
+        write_atomically(path, text.encode())
+    except OSError:
+        print(text, file=sys.stderr)
+        return "the lines above"
+    return str(path)
+
+
+def parameters(pairs: Sequence[str]) -> dict[str, str]:
+    """`["keep=0.5"]` as a dictionary; types are the method's business. Raises: UserError."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set takes NAME=VALUE, not {pair!r}")
+        if name in found:
+            raise UserError(f"--set {name} was given twice")
+        found[name] = value
+    return found
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from pruneval.harness import models, run
+    from pruneval.tasks import benchmark, suite
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    names = list(dict.fromkeys(args.benchmark or suite(args.suite or "pocket")))
+    for name in names:
+        benchmark(name)
+    built = [run.build_method(args.method, parameters(args.set))]
+    if args.method != "vanilla":
+        built.insert(0, run.build_method("vanilla"))
+    models.check_options(args.device, args.dtype, args.kernel)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is not a folder")
+    located = models.locate(args.model)
+    device, dtype, kernel = models.resolve(located.entry, args.device, args.dtype, args.kernel)
+    cells = run.expand(located, built, names, limit=args.limit, seed=args.seed, dtype=dtype, kernel=kernel)
+    records, missed = run.run_cells(
+        cells, args.out, lambda: models.load(located, device, dtype, kernel), batch_size=args.batch_size
+    )
+    label = args.suite or ("-".join(names) if args.benchmark else "pocket")
+    _show(records, [(cell.spec, cell.reason) for cell in missed], args.out, f"{located.entry.name}_{label}_{built[-1].signature}", args.limit)
+    if missed:
+        return 2
+    return 0 if all(record.done for record in records) else 1
+
+
+def _show(records: list, missed: list, out: Path, name: str, limit: int | None) -> None:
+    from pruneval.harness.records import write_atomically
+    from pruneval.reports.table import comparison, to_markdown
+
+    text = to_markdown(comparison(records, missed))
+    slug = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name).strip("-")
+    path = out / "tables" / f"{slug[:150]}{f'_limit{limit}' if limit else ''}.md"
+    write_atomically(path, text.encode())
+    print(text)
+    print(f"written to {path}", file=sys.stderr)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pruneval.harness.records import read_records, write_atomically
+    from pruneval.reports.table import comparisons, to_markdown
+
+    records = read_records(args.out)
+    if not records:
+        raise UserError(f"no records in {args.out}; run `pruneval eval` first or say where they are with --out")
+    text = "\n".join(to_markdown(table) for table in comparisons(records))
+    write_atomically(args.out / "tables" / "report.md", text.encode())
+    print(text)
+    print(f"written to {args.out / 'tables' / 'report.md'}", file=sys.stderr)
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    rows = listing(args.what)
+    if args.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        return 0
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['summary']}")
+    return 0
+
+
+def listing(what: str) -> list[dict[str, Any]]:
+    """What there is, as plain data; every object has `name` and `summary`."""
+    from dataclasses import asdict
+
+    from pruneval import tasks
+
+    if what == "methods":
+        from pruneval import methods
+
+        return [{**asdict(methods.card(name)), "parameters": _fields(methods.method_class(name))} for name in methods.names()]
+    if what == "models":
+        from pruneval.harness import models
+
+        return [{**card, "summary": f"{card['title']}: {card['hub_id'] or 'comes with the package'}"} for card in models.cards()]
+    if what == "suites":
+        return [{"name": name, "benchmarks": list(of), "summary": ", ".join(of)} for name, of in tasks.suites().items()]
+    return [{**asdict(row), "summary": f"{row.title}: {row.n} questions, {row.unit}"} for row in tasks.benchmarks().values()]
+
+
+def _fields(method: type) -> dict[str, Any]:
+    from dataclasses import MISSING, fields
+
+    return {item.name: None if item.default is MISSING else item.default for item in fields(method)}
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from pruneval.harness import measure
+
+    return measure.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""The hub's copy of a registered model: from its cache, else downloaded, else one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pruneval.harness.errors import UserError
+from pruneval.harness.models import FILES, ModelEntry, check_folder
+
+
+def fetch(row: ModelEntry) -> Path:
+    """The folder of a registered hub model. Raises: UserError when it is neither here nor within reach."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        folder = Path(snapshot_download(row.hub_id, revision=row.revision, allow_patterns=list(FILES), local_files_only=True))
+        if _complete(folder):
+            return folder
+    except (OSError, ValueError):
+        pass
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(_advice(row, "HF_HUB_OFFLINE is set"))
+    try:
+        return Path(snapshot_download(row.hub_id, revision=row.revision, allow_patterns=list(FILES)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise UserError(_advice(row, f"the hub could not be reached ({type(error).__name__})")) from error
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        check_folder(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _advice(row: ModelEntry, why: str) -> str:
+    return (
+        f"model {row.name!r} is not on this machine and {why}; where there is a network run "
+        f"`hf download {row.hub_id} --revision {row.revision}`, or point at a copy with --model /path/to/folder or "
+        f"PRUNEVAL_MODELS=/folder/that/holds/{row.name}"
+    )

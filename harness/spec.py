@@ -1,0 +1,95 @@
+"""What one cell is: one model, one method with its parameters, one benchmark. No torch, no files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+NOT_IDENTITY = ("given",)
+"""What the user typed does not matter once its values are known: `keep=0.5` said or defaulted is the same cell."""
+
+
+def code_version() -> str:
+    """Major and minor version of this package, the part of it that may change answers."""
+    try:
+        return ".".join(version("pruneval").split(".")[:2])
+    except PackageNotFoundError:
+        return "0"
+
+
+def signature_of(method: str, params: Mapping[str, Any]) -> str:
+    """Name and parameters, as `fastv(layer=2,keep=0.5)`; the same text as `Method.signature`."""
+    inner = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items())
+    return f"{method}({inner})" if inner else method
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Everything that decides the answers of a cell. Batch size, device and speed do not, and are not here."""
+
+    model: str
+    revision: str
+    """The hub's commit, or a hash of the files of a local folder."""
+    method: str
+    params: dict[str, Any]
+    """Every parameter of the method with its value, in the method's order."""
+    given: dict[str, Any]
+    """The parameters the user passed; not part of the identity."""
+    benchmark: str
+    edition: str
+    data: str
+    """The data's revision; for a pocket edition the hash of the code that draws it."""
+    limit: int | None
+    seed: int
+    dtype: str
+    kernel: str
+    positions: str
+    """Position ids after a reduction: "original" or "compact"."""
+    prompt_key: str
+    """The key under which lmms-eval's task chose its prompt."""
+    version: str
+
+    @property
+    def hash(self) -> str:
+        """The name of the cell's folder."""
+        identity = {key: value for key, value in asdict(self).items() if key not in NOT_IDENTITY}
+        text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def method_signature(self) -> str:
+        """Name and parameters of the method."""
+        return signature_of(self.method, self.params)
+
+    def signature(self, avg_in: float | None = None) -> str:
+        """What a printed number carries, as `pruneval|fastv(layer=2,keep=0.5)|model@rev|pos:original|…`.
+
+        A type other than float32, a limit and a seed other than 0 are named too.
+
+        Args:
+            avg_in: the realised budget: mean over layers of visual tokens that enter the layer.
+        """
+        parts = ["pruneval", self.method_signature, f"{self.model}@{self.revision[:8]}", f"pos:{self.positions}"]
+        parts.append(f"kernel:{self.kernel}")
+        if self.dtype != "float32":
+            parts.append(f"dtype:{self.dtype}")
+        if self.limit is not None:
+            parts.append(f"limit:{self.limit}")
+        if self.seed:
+            parts.append(f"seed:{self.seed}")
+        if avg_in is not None:
+            parts.append(f"budget:avg_in={avg_in:.4g}")
+        return "|".join([*parts, f"v:{self.version}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunSpec:
+        """The spec a record holds. Raises: KeyError when a field is missing."""
+        return cls(**{item.name: data[item.name] for item in fields(cls)})
