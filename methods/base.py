@@ -69,14 +69,12 @@ class Method:
 
     `positions` says what happens to position ids: "original" (survivors keep theirs) or "compact" (renumbered);
     methods where both make sense have a parameter `position_mode`. `knob` names the parameter that sets the budget, from
-    0 (least) to 1 (all). `bound` says that how many tokens stay depends on the sample, and that `schedule` is the most.
-    `presets` are published settings: "model@tokens" -> parameters.
+    0 (least) to 1 (all). `presets` are published settings: "model@tokens" -> parameters.
     """
 
     card: ClassVar[Card]
     positions: ClassVar[Positions] = "original"
     knob: ClassVar[str] = "keep"
-    bound: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {}
 
     def __post_init__(self) -> None:
@@ -105,7 +103,7 @@ class Method:
     def schedule(self, shape: Shape, n: int) -> list[int]:
         """Visual tokens that enter each decoder layer, of a prompt with one image of `n`.
 
-        Declared, not observed: the tests compare it with the trace.
+        Declared, not observed: the tests compare it with the trace. Raises: MethodError when it depends on the sample.
         """
         raise NotImplementedError
 
