@@ -38,6 +38,8 @@ class HeadAttention:
         causal: bool,
         origin: Tensor | None = None,
         window: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        weight: Tensor | None = None,
     ) -> None:
         """
         Args:
@@ -48,9 +50,32 @@ class HeadAttention:
             causal: whether a row sees only the columns up to itself.
             origin: (n,) origins of the tokens.
             window: (n,) number of the window each token is in, where a row sees only its own.
+            rotation: cos and sin, (n, d_h) each, with which queries and keys were rotated.
+            weight: (n,) how many tokens each column counts as.
         """
         self.query, self.key, self.value, self.scaling = query, key, value, scaling
         self.causal, self.origin, self.window = causal, origin, window
+        self.rotation, self.weight = rotation, weight
+
+    def rotated(self, vectors: Tensor) -> Tensor:
+        """(..., n, d_h) vectors with the rotary embedding of the n tokens."""
+        return _rotated(vectors, *self._rotation())
+
+    def unrotated(self) -> HeadAttention:
+        """The same attention without rotary embedding."""
+        cos, sin = self._rotation()
+        norm = cos**2 + sin**2  # not 1 where a long-context variant scales cos and sin
+        query, key = (_rotated(part, cos / norm, -sin / norm) for part in (self.query, self.key))
+        return HeadAttention(
+            query, key, self.value, self.scaling, self.causal, self.origin, self.window, weight=self.weight
+        )
+
+    def _rotation(self) -> tuple[Tensor, Tensor]:
+        if self.rotation is None:
+            raise UserError("this attention has no rotary embedding")
+        dtype = torch.promote_types(torch.float32, self.query.dtype)
+        cos, sin = self.rotation
+        return cos.to(dtype), sin.to(dtype)
 
     def rows(self, index: Tensor | Sequence[int] | int) -> Tensor:
         """Attention of the query rows `index` (negative counts from the end), float32 (H, r, n)."""
@@ -65,23 +90,26 @@ class HeadAttention:
             logits = logits.masked_fill(future, float("-inf"))
         if self.window is not None:
             logits = logits.masked_fill(self.window[None, :] != self.window[index, None], float("-inf"))
+        if self.weight is not None:
+            logits = logits + self.weight.to(logits).log()
         return logits.softmax(-1)
 
     def received(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
         """Mean over the rows `index` (default all) of what each token receives, (H, n); rows are summed chunk
         by chunk.
         """
-        heads, n, _ = self.query.shape
-        index = (
-            torch.arange(n, device=self.query.device)
-            if index is None
-            else torch.as_tensor(index, device=self.query.device)
-        )
-        total = None
-        for part in index.split(max(1, CHUNK // (heads * n))):
-            rows = self.rows(part).sum(1)
+        total, count = None, 0
+        for block in self.blocks(index):
+            rows, count = block.sum(1), count + block.shape[1]
             total = rows if total is None else total + rows
-        return total / len(index)
+        return total / count
+
+    def blocks(self, index: Tensor | Sequence[int] | None = None) -> Iterator[Tensor]:
+        """The rows `index` (default all) in blocks of bounded size, (H, r, n) each."""
+        heads, n, _ = self.query.shape
+        index = range(n) if index is None else index
+        for part in torch.as_tensor(index, device=self.query.device).split(max(1, CHUNK // (heads * n))):
+            yield self.rows(part)
 
 
 class Call:
@@ -90,10 +118,28 @@ class Call:
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> None:
         self.query, self.key, self.value, self.scaling, self.causal = query, key, value, scaling, causal
 
-    def sample(self, index: int, start: int = 0, origin: Tensor | None = None) -> HeadAttention:
-        """The attention of batch row `index` without its first `start` (padding) tokens."""
+    def sample(
+        self,
+        index: int,
+        start: int = 0,
+        origin: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        weight: Tensor | None = None,
+    ) -> HeadAttention:
+        """The attention of batch row `index` without its first `start` (padding) tokens; `rotation` is the batch's,
+        (B or 1, n, d_h) cos and sin.
+        """
         part = (tensor[index, :, start:] for tensor in (self.query, self.key, self.value))
-        return HeadAttention(*part, self.scaling, self.causal, origin)
+        if rotation is not None:
+            cos, sin = (table[index if len(table) > 1 else 0, start:] for table in rotation)
+            rotation = (cos, sin)
+        return HeadAttention(*part, self.scaling, self.causal, origin, rotation=rotation, weight=weight)
+
+
+def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding of every decoder here: the second half of a head is the first one's partner."""
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class _Peeked(Exception):

@@ -18,12 +18,14 @@ class Tokens:
         visual: (n,) which are visual.
         made: (n,) which carry a value of the method's making (merged, recycled or added).
         position: (n,) or (rows, n) position ids.
+        weight: (n,) how many tokens each counts as in attention; None when all count as one.
     """
 
     origin: Tensor
     visual: Tensor
     made: Tensor
     position: Tensor
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.origin)

@@ -62,7 +62,7 @@ class Prefill:
         nothing changes.
         """
         if index == 0:
-            self._start(hidden)
+            self._start(hidden, kwargs.get("position_embeddings"))
         if self.active and index in self.session.needs:
             hidden = self._reduce(index, hidden, kwargs)
         self.session.recorder.on = self.active
@@ -81,6 +81,7 @@ class Prefill:
         self.done = True
         self.session.recorder.on = False
         self.encoded, self.embeddings = [], self.embeddings[:, :0]  # what decoding does not need
+        self.rotation = None
         self.__dict__.pop("_visions", None)
         if self.cache is None or not self.active:
             return
@@ -92,12 +93,12 @@ class Prefill:
         if lengths != expected:
             raise RuntimeError(f"the trace says {expected} cached tokens per layer, the cache holds {lengths}")
 
-    def _start(self, hidden: Tensor) -> None:
+    def _start(self, hidden: Tensor, rotation: Any) -> None:
         position = self.session.rotary_position
         batch, length = self.ids.shape
         position = position.expand(*position.shape[:-2], batch, length)
         self.trace = Trace(prompt_layout(self.visual, self.real, position), self.session.shape.layers)
-        self.embeddings = hidden
+        self.embeddings, self.rotation = hidden, rotation
         self.last_position = position[..., -1].reshape(-1, batch).amax(0)
 
     def _reduce(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -144,7 +145,12 @@ class Prefill:
             position = torch.arange(len(keep), device=keep.device).expand(*tokens.position.shape[:-1], -1)
         else:
             position = tokens.position[..., keep]
-        return Tokens(origin, tokens.visual[keep], made, position)
+        weight = tokens.weight
+        if result is not None and result.weights is not None:
+            weight = result.weights.to(keep.device)
+        elif weight is not None:
+            weight = weight[keep]
+        return Tokens(origin, tokens.visual[keep], made, position, weight)
 
     def _checked(self, result: Reduction | None, tokens: Tokens) -> Reduction | None:
         if result is None:
@@ -182,19 +188,24 @@ class Prefill:
             generator=lambda: session.generator(key, index),
             seen={layer: self._seen(layer, row) for layer in need.attention},
             vision=self._visions[row] if need.vision else None,
-            upcoming=(lambda: upcoming().sample(row, pad, tokens.origin)) if need.next else None,
+            upcoming=(lambda: self._sampled(upcoming(), row, tokens, self.stream)) if need.next else None,
             memory=self.memory[row],
+            final_norm=session.adapter.final_norm,
         )
 
     def _seen(self, layer: int, row: int) -> HeadAttention:
         """The attention of an earlier layer, over the tokens that entered it."""
         call = self.session.recorder.calls[("text", layer)][-1]
         tokens = self.trace.entering(layer).samples[row]
-        return call.sample(row, call.query.shape[2] - len(tokens), tokens.origin)
+        return self._sampled(call, row, tokens, self.streams.get(layer))
+
+    def _sampled(self, call: Any, row: int, tokens: Tokens, stream: Stream | None) -> HeadAttention:
+        rotation = self.rotation if stream is None else stream.rotation(self.embeddings)
+        return call.sample(row, call.query.shape[2] - len(tokens), tokens.origin, rotation, tokens.weight)
 
     def _peek(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
         adapter = self.session.adapter
-        rotation = kwargs["position_embeddings"] if self.stream is None else self.stream.rotation(hidden)
+        rotation = self.rotation if self.stream is None else self.stream.rotation(hidden)
         normed = adapter.attention_norm(index)(hidden)
         return self.session.recorder.peek(
             ("text", index), adapter.attention(index), hidden_states=normed, position_embeddings=rotation

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
+from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Layout, Tokens
 
 Rotation = tuple[Tensor, Tensor]
@@ -43,6 +44,9 @@ class Stream:
         self.position = _pad([tokens.position for tokens in layout.samples], layout.width)
         shift = last_position - torch.stack([tokens.position[..., -1].max() for tokens in layout.samples])
         self.shift = shift if bool(shift.any()) else None
+        self.bias = _bias(layout, device)
+        if self.bias is not None and kernel not in ("sdpa", "eager"):
+            raise UserError(f"tokens with weights need an additive mask, which {kernel} has not: use sdpa or eager")
         self._masks: dict[tuple[int, int], Any] = {}
         self._decode: tuple[Any, Any] = (None, None)
         self._rotation: Rotation | None = None
@@ -59,7 +63,7 @@ class Stream:
         real = None
         if self.padded:
             real = torch.nn.functional.pad(self.real, (0, keys - self.real.shape[1]), value=True)
-        return ALL_MASK_ATTENTION_FUNCTIONS[self.kernel](
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[self.kernel if self.bias is None else "eager"](
             batch_size=len(self.layout.samples),
             q_length=queries,
             kv_length=keys,
@@ -70,6 +74,9 @@ class Stream:
             dtype=dtype,
             device=self.real.device,
         )
+        if self.bias is None:
+            return mask
+        return mask + torch.nn.functional.pad(self.bias, (0, keys - self.bias.shape[1])).to(dtype)[:, None, None]
 
     def rotation(self, hidden: Tensor) -> Rotation:
         """(cos, sin) of the stream at prefill."""
@@ -120,6 +127,17 @@ def prompt_layout(visual: Tensor, real: Tensor, position: Tensor) -> Layout:
         flags = visual[row][mine]
         samples.append(Tokens(origin, flags, torch.zeros_like(flags), position[..., row, :][..., mine]))
     return Layout(0, tuple(samples))
+
+
+def _bias(layout: Layout, device: torch.device) -> Tensor | None:
+    """(B, width) logarithm of what each token counts as, or None when all count as one."""
+    if all(tokens.weight is None for tokens in layout.samples):
+        return None
+    out = torch.zeros(len(layout.samples), layout.width, device=device)
+    for row, tokens in zip(out, layout.samples, strict=True):
+        if tokens.weight is not None:
+            row[len(row) - len(tokens) :] = tokens.weight.to(out).log()
+    return out
 
 
 def _pad(parts: list[Tensor], width: int) -> Tensor:

@@ -6,7 +6,7 @@ torch is imported when it is first used, so cards can be listed without it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,6 +91,9 @@ class Attention(Protocol):
     def rows(self, index: Tensor | Sequence[int] | int) -> Tensor:
         """Attention of the query rows `index`, shape (H, r, n)."""
 
+    def blocks(self, index: Tensor | Sequence[int] | None = None) -> Iterator[Tensor]:
+        """The query rows `index` (default all) a few at a time, (H, r, n) each, so that no full map is held."""
+
     def received(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
         """Mean over the query rows `index` (default all) of what each token receives, (H, n); no full map is held."""
 
@@ -173,6 +176,7 @@ class Step:
         seen: attention of the decoder layers asked for, by layer.
         vision: the vision tower's view, if asked for.
         upcoming: what `next` calls.
+        final_norm: the norm behind the last decoder layer, (..., d) -> (..., d).
         memory: what the method wants to remember until the next boundary of the same prompt.
     """
 
@@ -189,6 +193,7 @@ class Step:
     vision: Vision | None = None
     upcoming: Callable[[], Attention] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
+    final_norm: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
     @property
     def next(self) -> Attention:

@@ -68,6 +68,11 @@ class Adapter(ABC):
         """The rotary embedding: (hidden states, position ids) -> (cos, sin)."""
         return self.text_model.rotary_emb
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last decoder layer."""
+        return self.text_model.norm
+
     def attention(self, layer: int) -> nn.Module:
         """The attention module of a decoder layer."""
         return self.decoder_layers[layer].self_attn
