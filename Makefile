@@ -1,0 +1,47 @@
+PYTHON ?= python3
+METHOD ?= fastv
+MODEL ?= pocket-llava
+JOBS ?= 2
+BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+help:  ## show this text
+	@sed -n 's/^\([a-z-]*\):.*##/\1\t/p' Makefile | expand -t 12
+
+setup: .venv/.installed  ## make .venv and install the tested versions; does nothing the second time
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pruneval needs Python 3.11 or newer, this one is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	sed -n '/^uv==/,/[^\\]$$/p' constraints.txt > .venv/uv.txt && $(BIN)/python -m pip install -q --disable-pip-version-check -r .venv/uv.txt
+	$(BIN)/uv pip install -p $(BIN)/python -c constraints.txt -r pyproject.toml --extra dev setuptools
+	$(BIN)/uv pip install -q -p $(BIN)/python --no-deps --no-build-isolation -e .
+	touch $@
+
+eval: setup  ## compare METHOD=fastv with vanilla on MODEL=pocket-llava; also SUITE= KEEP= LIMIT= ARGS=
+	@$(BIN)/pruneval eval --method '$(METHOD)' --model '$(MODEL)' $(if $(SUITE),--suite '$(SUITE)') \
+	  $(if $(KEEP),--set 'keep=$(KEEP)') $(if $(LIMIT),--limit '$(LIMIT)') $(ARGS)
+
+report: setup  ## print every table of runs/
+	@$(BIN)/pruneval report
+
+pocket: setup  ## train pocket-llava again, from nothing
+	$(BIN)/python -m pruneval.tasks.pocket.train
+
+types: setup  ## check the types
+	@mkdir -p .types/pruneval && for room in harness methods tasks reports; do ln -sfn ../../$$room .types/pruneval/$$room; done
+	$(BIN)/mypy -p pruneval
+
+test: setup  ## lint, then all tests, once from the checkout and once from the built wheel
+	$(BIN)/ruff check .
+	$(PYTEST) tests
+	@$(MAKE) --no-print-directory wheel-test
+
+wheel-test: setup  ## the tests against the wheel, in an environment of its own
+	rm -rf build dist .venv-wheel && $(PYTHON) -m venv --without-pip .venv-wheel
+	$(BIN)/uv build -q --wheel --no-build-isolation -p $(BIN)/python -o dist .
+	$(BIN)/uv pip install -q -p .venv-wheel/bin/python --no-deps dist/*.whl
+	(cd .venv/lib/python3*/site-packages && pwd) > $$(echo .venv-wheel/lib/python3*/site-packages)/shared.pth
+	cd dist && PRUNEVAL_WHEEL=1 $(subst $(BIN),.venv-wheel/bin,$(PYTEST)) $(CURDIR)/tests
+
+.PHONY: help setup eval report pocket types test wheel-test
