@@ -129,9 +129,8 @@ def test_gqa_ignores_case_and_punctuation_and_nothing_else(scripted):
 def test_scienceqa_wants_a_letter_alone_or_before_a_dot(scripted):
     def answer(row, index):
         letter = gold(row, index)
-        return [letter, f"{letter}. {row['choices'][row['answer']]}", f"({letter})", f"The answer is {letter}"][
-            index % 4
-        ]
+        words = row["choices"][row["answer"]]
+        return [letter, f"{letter}. {words}", f"({letter})", f"The answer is {letter}"][index % 4]
 
     assert scripted("pocket-scienceqa", answer).scores["exact_match,none"]["value"] == pytest.approx(0.5)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import tiny_llava
 from pruneval import methods, tasks
-from pruneval.harness import lmms_model
+from pruneval.harness import lmms_model, models
 from pruneval.harness.errors import UserError
 from pruneval.harness.evaluate import build_task, evaluate
 from pruneval.harness.lmms_model import PrunevalModel, generation_arguments
@@ -136,7 +136,24 @@ def test_the_model_survives_lmms_evals_cleaning(loaded):
     assert model.loaded.model is loaded.model
 
 
-def test_lmms_eval_finds_the_model_by_its_entry_point():
+def test_lmms_eval_runs_the_model_by_its_entry_point(saved):
+    from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import get_model
+    from lmms_eval.tasks import TaskManager
 
     assert get_model("pruneval") is PrunevalModel
+    row = tasks.benchmark("pocket-gqa")
+    results = simple_evaluate(
+        model="pruneval",
+        model_args=f"pretrained={saved},method=fastv,layer=2,keep=0.5",
+        tasks=[build_task(row)],
+        task_manager=TaskManager(include_defaults=False),
+        batch_size="4",
+        device="cpu",
+        limit=6,
+    )
+    answers = [sample["filtered_resps"][0] for sample in results["samples"]["gqa"]]
+    loaded, method = models.load(saved, device="cpu"), methods.build("fastv", {"layer": 2, "keep": 0.5})
+    assert answers == evaluate(loaded, method, row, limit=6).samples.answer.tolist()
+    bare = evaluate(loaded, None, row, limit=6).samples.answer.tolist()
+    assert answers != bare, "pruning must change something here"
