@@ -24,15 +24,15 @@ pipeline_tag: image-text-to-text
 
 # pocket-llava
 
-A LLaVA of {parameters:.2f} million parameters that answers by looking. It is a stock `LlavaForConditionalGeneration` (CLIP
-tower with a trained CLS token, two-layer projector, Llama decoder) with its own word-level tokenizer and a stock
-`LlavaProcessor`; `from_pretrained` loads it like any model of the hub. It exists so that methods that prune visual
+A LLaVA of {parameters:.2f} million parameters that answers by looking. It is a stock
+`LlavaForConditionalGeneration` (CLIP tower with a trained CLS token, two-layer projector, Llama decoder) with its own
+word-level tokenizer and a stock `LlavaProcessor`; `from_pretrained` loads it like any model of the hub. It exists so that methods that prune visual
 tokens can be run, tested and compared end to end on a CPU. It knows nothing but the pocket world of this project:
 96 x 96 images with one to five small shapes and digits on a dark, noisy, irrelevant background.
 
 | Part | Dimensions |
 |---|---|
-| Vision tower | CLIP, {vision_layers} layers of {vision_width}, 8 x 8 patches: 144 visual tokens and CLS; feature layer -2 |
+| Vision tower | CLIP, {vision_layers} layers of {vision_width}, 8 x 8 patches (144 visual tokens), CLS; feature layer -2 |
 | Projector | two linear layers |
 | Decoder | Llama, {text_layers} layers of {text_width}, tied embeddings, {vocabulary} tokens |
 | Weights | float16 in the file; made for evaluation in float32 |
@@ -61,32 +61,38 @@ the attention of the CLS row, head mean, at the layer that feeds the projector.
 
 ## Training
 
-`python -m pruneval.tasks.pocket.train` makes these weights again (seed {seed}; with the same library versions and number of
-threads, since floating-point sums depend on both). Every image and question comes from the project's generator.
+`python -m pruneval.tasks.pocket.train` makes these weights again (seed {seed}; to the last bit only with the same
+library versions and number of threads, since floating-point sums depend on both). Every image and question comes
+from the project's generator.
 
-1. Vision tower ({vision_steps} steps of {vision_batch} new images): each patch names kind and colour of what it holds and its place, at the
-   feature layer and the one below; the CLS token names all pairs of kind and colour, at the feature layer and the last.
-2. Alignment ({align_steps} steps): projector and word embeddings move until a projected patch points at the words for its kind,
-   its colour and its place. The tower is frozen from here on.
-3. Decoder ({language_steps} steps of {language_batch} images from a pool of {pool}, 11 questions and captions each): the loss counts answers, and
-   attributes in captions. The questions about an image share a sequence, but each sees the image and itself only.
+1. Vision tower ({vision_steps} steps of {vision_batch} new images): each patch names kind and colour of what it
+   holds and its place, at the feature layer and the one below; the CLS token names all pairs of kind and colour in
+   the image, at the feature layer and at the last.
+2. Alignment ({align_steps} steps): projector and word embeddings move until a projected patch points at the words
+   for its kind, its colour and its place. The tower is frozen from here on.
+3. Decoder ({language_steps} steps of {language_batch} images from a pool of {pool}, 11 questions and captions each):
+   the loss counts answers, and attributes in captions. The questions about an image share a sequence, but each sees
+   the image and itself only, as in evaluation.
+4. Decoder again ({polish_steps} steps on fresh images, questions only, counting most of all).
 
-**Trained on thinned images.** In most steps of stage 3 the decoder does not get the whole image: it gets all patches
-that hold things (in three steps of ten a random few of each thing's) and random background up to 48 or 24 patches, now
-and then with positions closed up. This is faster, and it makes the model more at ease with dropped
-tokens than a model that always saw all of them; large models owe the same ease to their size. The last
-12 % of the steps use whole images only. No step removes a whole thing.
+**Trained on thinned images.** In many steps of stages 3 and 4 the decoder does not get the whole image: it gets all
+patches that hold things (in stage 3 now and then a random few of each thing's) and random background up to 48 or 24
+patches, at times with positions closed up. This is faster, and it makes the model more at ease with dropped tokens
+than one that always saw all of them; large models owe the same ease to their size. The last 12 % of the steps of each
+stage use whole images only. No step removes a whole thing.
 
 Time on two CPU cores: {times}.
 
 ![Training curve](training.png)
 
 Figures on a small test set while training (vision: kind and colour right over the patches that hold things, F1 of the
-CLS token's pairs; language: accuracy per skill).
+CLS token's pairs; language and polish, stages 3 and 4: accuracy per skill).
 
 {vision_curve}
 
 {language_curve}
+
+{polish_curve}
 
 Licence: Apache-2.0, like the project. No data but the generator's was used.
 """
@@ -96,16 +102,16 @@ def write(out: Path, figures: Figures, curve: Curve, facts: dict[str, Any]) -> N
     """Write README.md and training.png beside the weights."""
     test, heldout = figures["test"], figures["heldout"]["all patches"]
     accuracy = {"test": test["all patches"], "held-out": heldout}
-    seen = {stage: [e for e in curve if e["stage"] == stage and "loss" in e] for stage in ("vision", "language")}
-    times = ", ".join(
-        f"{stage} {max((e.get('seconds', 0) for e in curve if e['stage'] == stage), default=0) / 60:.0f} min"
-        for stage in ("vision", "align", "language")
-    )
+    skills = [name for name in heldout if name != "mean"]
+    seen = {stage: [e for e in curve if e["stage"] == stage] for stage in ("vision", "align", "language", "polish")}
+    times = ", ".join(f"{stage} {_minutes(entries):.0f} min" for stage, entries in seen.items())
+    del seen["align"]
     text = TEXT.format(
         number=NUMBER, accuracy=_table("Images", accuracy), other=_table("", figures["other"]),
         pruning=_table("Kept", test), properties=_properties(test), times=times,
-        vision_curve=_steps(seen["vision"], ("loss", "kind", "colour", "f1"), 100),
-        language_curve=_steps(seen["language"], ("loss", *list(heldout)[:-1]), 100), **facts,
+        vision_curve=_steps("vision step", seen["vision"], ["loss", "kind", "colour", "f1"], 100),
+        language_curve=_steps("language step", seen["language"], ["loss", *skills], 100),
+        polish_curve=_steps("polish step", seen["polish"], ["loss", *skills], 50), **facts,
     )  # fmt: skip
     (out / "README.md").write_text(text)
     _plot(out / "training.png", seen)
@@ -130,8 +136,15 @@ def _properties(test: dict[str, dict[str, float]]) -> str:
     return "\n".join(["| Wanted (mean of skills) | Points |", "|---|---|", *(f"| {n} | {v:.1f} |" for n, v in rows)])
 
 
-def _steps(curve: Curve, names: tuple[str, ...], every: int) -> str:
-    lines = ["| step | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+def _minutes(entries: Curve) -> float:
+    """Time of a stage; where it was interrupted, the clock in the journal starts again."""
+    clock = [e.get("seconds", 0) for e in entries]
+    ends = [a for a, b in zip(clock, [*clock[1:], -1], strict=True) if b < a]
+    return sum(ends) / 60
+
+
+def _steps(corner: str, curve: Curve, names: list[str], every: int) -> str:
+    lines = [f"| {corner} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {e['step']} | " + " | ".join(f"{e[n]:.3f}" for n in names) + " |" for e in curve if e["step"] % every == 0
     ]
@@ -139,12 +152,12 @@ def _steps(curve: Curve, names: tuple[str, ...], every: int) -> str:
 
 
 def _plot(path: Path, seen: dict[str, Curve]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     for axis, (stage, curve) in zip(axes, seen.items(), strict=True):
         skip = {"stage", "step", "seconds", "loss", "ground"}
         for name in [n for n in (curve[0] if curve else {}) if n not in skip]:
             axis.plot([e["step"] for e in curve], [e[name] for e in curve], label=name)
-        axis.set(title=stage, xlabel="step", ylabel="held-out accuracy", ylim=(0, 1.02))
+        axis.set(title=stage, xlabel="step", ylabel="accuracy while training", ylim=(0, 1.02))
         axis.legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,33 +125,60 @@ def answers_right(
     return {skill: float(np.mean(x)) for skill, x in right.items()}
 
 
-def batch(writer: Writer, pool: Pool, step: int, steps: int, size: int, seed: int) -> tuple[Pack, Tensor]:
-    """One step's rows: mostly thinned images first, whole images only in the last part."""
+@dataclass(frozen=True)
+class Course:
+    """How a part of the decoder's training asks, and how much of the images it shows."""
+
+    name: str
+    steps: int
+    size: int
+    """Images per step; each gets eleven questions and captions."""
+    muon: float
+    adam: float
+    cooldown: float
+    weights: dict[str, float]
+    captions: tuple[int, int]
+    """Captions per image, in the first 35 % of the steps and after."""
+    whole: float
+    """Share of the steps that show whole images before the last 12 %, which all do."""
+    thin: float
+    """Share of the steps, ``whole`` included, that keep 48 patches or more; the others keep 24."""
+    partial: float
+    """Share of the thinned steps that keep some patches of a thing instead of all."""
+    original: float
+    """Share of the thinned steps in which every token keeps its position."""
+
+
+def batch(writer: Writer, pool: Pool, step: int, course: Course, seed: int) -> tuple[Pack, Tensor]:
+    """One step's rows: many thinned images first, whole images only in the last part."""
     rng = np.random.default_rng([seed, 5, step])
-    chosen = rng.integers(len(pool.scenes), size=size)
-    part, lot = step / steps, rng.random()
-    keep = TOKENS if part > 0.88 or lot < 0.15 else (48 if lot < 0.75 else 24)
-    partial = keep < TOKENS and rng.random() < 0.3
-    original = keep == TOKENS or rng.random() < 0.75
-    captions = 3 if part < 0.35 else 1
+    chosen = rng.integers(len(pool.scenes), size=course.size)
+    part, lot = step / course.steps, rng.random()
+    keep = TOKENS if part > 0.88 or lot < course.whole else (48 if lot < course.thin else 24)
+    partial = keep < TOKENS and rng.random() < course.partial
+    original = keep == TOKENS or rng.random() < course.original
+    captions = course.captions[0] if part < 0.35 else course.captions[1]
     rows, kept = [], []
     for i in chosen.tolist():
         scene = pool.scenes[i]
         blocks = [writer.caption(scene, rng) for _ in range(captions)]
-        rows.append(blocks + [writer.question(q) for q in ask_some(scene, rng, 11 - captions)])
+        asked = ask_some(scene, rng, 11 - captions, course.weights)
+        rows.append(blocks + [writer.question(q) for q in asked])
         kept.append(thin(scene, rng, keep, partial) if keep < TOKENS else np.arange(TOKENS))
     return writer.pack(rows, np.stack(kept), original), pool.features[chosen].float()
 
 
 def teach(
     model: LlavaForConditionalGeneration, tokens: PreTrainedTokenizerFast, pool: Pool, test: Pool, work: Path,
-    steps: int, size: int, seed: int, log: Log,
+    course: Course, seed: int, log: Log,
 ) -> None:  # fmt: skip
-    """Train projector and decoder, or go on from the checkpoint in ``work``."""
-    writer = Writer(tokens)
+    """Train projector and decoder, or go on from the course's checkpoint in ``work``."""
+    writer, steps = Writer(tokens), course.steps
     model.model.vision_tower.requires_grad_(False)
-    optimisers = optim.Optimisers(model, "language_model.layers", steps, muon=3e-3, adam=2e-3, cooldown=0.6)
-    path, first = work / "language.pt", 0
+    optimisers = optim.Optimisers(
+        model, "language_model.layers", steps, muon=course.muon, adam=course.adam, cooldown=course.cooldown
+    )
+    path, first = work / f"{course.name}.pt", 0
     if path.exists():
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -159,7 +187,7 @@ def teach(
     model.train()
     start, recent = time.time(), []
     for step, (pack, features) in enumerate(
-        optim.ahead(lambda s: batch(writer, pool, s, steps, size, seed), first, steps), first
+        optim.ahead(lambda s: batch(writer, pool, s, course, seed), first, steps), first
     ):
         row, col = pack.counted.nonzero(as_tuple=True)
         logits = model.lm_head(hidden(model, pack, features)[row, col - 1])
@@ -170,6 +198,6 @@ def teach(
         if (step + 1) % 50 == 0 or step + 1 == steps:
             seen = answers_right(model, writer, test, 192, seed)
             mean = float(np.mean(recent[-50:]))
-            log({"stage": "language", "step": step + 1, "seconds": round(time.time() - start), "loss": mean, **seen})
+            log({"stage": course.name, "step": step + 1, "seconds": round(time.time() - start), "loss": mean, **seen})
         if (step + 1) % 100 == 0 or step + 1 == steps:
             optim.save(path, model=model.state_dict(), optimisers=optimisers.state(), step=step + 1)

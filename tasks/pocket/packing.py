@@ -24,12 +24,6 @@ from pruneval.tasks.pocket.world import Scene, patches
 BEFORE = 3
 """Tokens before the image: ``<s> USER :``."""
 
-WEIGHTS = {
-    "shape": 1.0, "colour": 1.0, "existence": 2.0, "position": 1.2, "count": 2.0, "digit": 1.2, "choice": 2.0,
-    "pair": 2.4,
-}  # fmt: skip
-"""How often training asks what."""
-
 Block = tuple[list[int], list[bool]]
 """Token ids of a prompt and its answer, and which of them the loss counts."""
 
@@ -106,10 +100,10 @@ class Writer:
         )  # fmt: skip
 
 
-def ask_some(scene: Scene, rng: np.random.Generator, number: int) -> list[Question]:
-    """Questions of mixed skills about a scene, in training's proportions."""
-    names = list(WEIGHTS)
-    weights = np.asarray(list(WEIGHTS.values()))
+def ask_some(scene: Scene, rng: np.random.Generator, number: int, mix: dict[str, float]) -> list[Question]:
+    """Questions about a scene, skills in the proportions of ``mix`` ("pair": an MME category, "choice": letters)."""
+    names = list(mix)
+    weights = np.asarray(list(mix.values()))
     found: list[Question] = []
     while len(found) < number:
         kind = names[int(rng.choice(len(names), p=weights / weights.sum()))]

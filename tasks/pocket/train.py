@@ -22,7 +22,24 @@ MODEL = Path(__file__).parent / "models" / "pocket-llava"
 SEED = 0
 VISION_STEPS, VISION_BATCH = 1000, 64
 POOL, ALIGN_STEPS = 16384, 400
-LANGUAGE_STEPS, LANGUAGE_BATCH = 900, 24
+LANGUAGE = language.Course(
+    "language", steps=900, size=24, muon=3e-3, adam=2e-3, cooldown=0.6, captions=(3, 1), whole=0.15, thin=0.75,
+    partial=0.3, original=0.75,
+    weights={
+        "shape": 1.0, "colour": 1.0, "existence": 2.0, "position": 1.2, "count": 2.0, "digit": 1.2, "choice": 2.0,
+        "pair": 2.4,
+    },
+)  # fmt: skip
+POLISH_POOL = 8192
+POLISH = language.Course(
+    "polish", steps=300, size=24, muon=1.5e-3, adam=1e-3, cooldown=0.8, captions=(0, 0), whole=0.4, thin=0.7,
+    partial=0.0, original=0.85,
+    weights={
+        "shape": 0.6, "colour": 0.6, "existence": 2.0, "position": 1.2, "count": 5.0, "digit": 0.6, "choice": 2.0,
+        "pair": 3.0,
+    },
+)  # fmt: skip
+"""A last course on what is learned last, counting above all, with fresh images."""
 
 
 class Journal:
@@ -62,11 +79,18 @@ def train(out: Path, work: Path) -> None:
     processor = build.processor()
     model = build.model(processor.tokenizer)
     model.model.vision_tower.load_state_dict(tower.state_dict())
-    pool, test = language.Pool(model, POOL, SEED), language.Pool(model, 192, SEED + 99, "test")
-    if not (work / "language.pt").exists():
-        language.align(model, processor.tokenizer, pool, ALIGN_STEPS, SEED, journal)
-        journal({"stage": "align", "step": ALIGN_STEPS, "seconds": round(time.time() - start)})
-    language.teach(model, processor.tokenizer, pool, test, work, LANGUAGE_STEPS, LANGUAGE_BATCH, SEED, journal)
+    test = language.Pool(model, 192, SEED + 99, "test")
+    for course, size, seed in ((LANGUAGE, POOL, SEED), (POLISH, POLISH_POOL, SEED + 7)):
+        path = work / f"{course.name}.pt"
+        saved = torch.load(path, weights_only=True) if path.exists() else {"step": 0}
+        if saved["step"] == course.steps:
+            model.load_state_dict(saved["model"])
+            continue
+        pool = language.Pool(model, size, seed)
+        if course is LANGUAGE and saved["step"] == 0:
+            language.align(model, processor.tokenizer, pool, ALIGN_STEPS, SEED, journal)
+            journal({"stage": "align", "step": ALIGN_STEPS, "seconds": round(time.time() - start)})
+        language.teach(model, processor.tokenizer, pool, test, work, course, seed, journal)
     save(model, processor, out)
     finish(out, journal)
 
@@ -85,7 +109,7 @@ def finish(out: Path, journal: Journal) -> None:
         "vision_width": config.vision_config.hidden_size, "text_layers": config.text_config.num_hidden_layers,
         "text_width": config.text_config.hidden_size, "vocabulary": len(processor.tokenizer), "seed": SEED,
         "vision_steps": VISION_STEPS, "vision_batch": VISION_BATCH, "align_steps": ALIGN_STEPS, "pool": POOL,
-        "language_steps": LANGUAGE_STEPS, "language_batch": LANGUAGE_BATCH,
+        "language_steps": LANGUAGE.steps, "language_batch": LANGUAGE.size, "polish_steps": POLISH.steps,
     }  # fmt: skip
     card.write(out, figures, journal.read(), facts)
 
