@@ -1,0 +1,55 @@
+"""A user's own model as a subject of the conformance checks: prompts made by its processor from drawn pictures."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from pruneval.harness.conformance import Subject
+
+
+def subject_of(name: str) -> Subject:
+    """The model of that name or folder, in float32 on the CPU (or its GPU), with four prompts.
+
+    Raises:
+        UserError: when the model can't be found or loaded.
+    """
+    from PIL import Image
+
+    from pruneval.harness import models
+
+    located = models.locate(name)
+
+    @functools.cache
+    def load(kernel: str) -> Any:
+        return models.load(located, None, "float32", kernel)
+
+    loaded = load("sdpa")
+    random = np.random.default_rng(0)
+    sizes = ((96, 96), (96, 160), (200, 96))
+    pictures = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+    def prompt(question: str, images: list[Any]) -> dict[str, Any]:
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        text = loaded.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        made = loaded.processor(text=[text], images=images or None, return_tensors="pt")
+        return dict(made.to(loaded.device, loaded.model.dtype))
+
+    from pruneval.harness.subjects import batch
+
+    pad = loaded.processor.tokenizer.pad_token_id
+    return Subject(
+        name=located.entry.name,
+        model=lambda kernel: load(kernel).model,
+        samples=(
+            prompt("What is in the image?", [pictures[0]]),
+            prompt("What colour is it, and where is it in the image?", [pictures[1]]),
+            prompt("Is there a difference?", pictures[1:]),
+        ),
+        batch=functools.partial(batch, pad=pad if pad is not None else 0),
+        text=prompt("Say yes or no.", []),
+        tolerance=1e-3,
+    )
