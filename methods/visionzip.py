@@ -9,10 +9,11 @@ the target with the most similar key (cosine, keys averaged over heads).
 Following the released code, a contextual token is its target plus the mean of its members, merged before the
 projector; the budget is split 54 : 10; the order is CLS, dominant, contextual, and position ids are compact.
 
-Where tiles are put together to larger sheets of tokens (LLaVA-NeXT and its successors), every tile has a share of the budget and newline tokens go;
-in a sheet of several tiles the dominant tokens come first, in raster order, then the CLS tokens, then the contextual ones. The released code gives
-every tile the same share and may choose cells that only show padding. Here candidates are the tokens of the prompt, so padding is never chosen and a
-tile's share follows the tokens it has; scores, keys and features of resampled or pooled tokens are resampled and pooled as the tokens are.
+Where tiles are put together to larger sheets of tokens (LLaVA-NeXT and its successors), every tile has a share of the
+budget and newline tokens go; in a sheet of several tiles the dominant tokens come first, in raster order, then the CLS
+tokens, then the contextual ones. The released code gives every tile the same share and may choose cells that only show
+padding. Here candidates are the tokens of the prompt, so padding is never chosen and a tile's share follows the tokens
+it has; scores, keys and features of resampled or pooled tokens are resampled and pooled as the tokens are.
 """
 
 from __future__ import annotations
@@ -157,15 +158,16 @@ def fold(
 
 
 def salience(attention: Attention, cls: int) -> torch.Tensor:
-    """(P or P + 1,) attention of the CLS token in row 0, summed over heads, or without one what a token receives on average."""
+    """(P or P + 1,) attention of the CLS token, summed over heads, or without one what a token receives on average."""
     return attention.rows(0)[:, 0].sum(0) if cls else attention.received().mean(0)
 
 
 def choose(
     score: torch.Tensor, keys: torch.Tensor, features: torch.Tensor, dominant: int, contextual: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of n tokens with scores (n,), keys (n, d_h) and features (n, d): the dominant, the targets (both ascending), and the latter's
-    new features (contextual, d)."""
+    """Of n tokens with scores (n,), keys (n, d_h) and features (n, d): the dominant, the targets (both ascending), and
+    the targets' new features (contextual, d).
+    """
     chosen = strongest(score, dominant)
     rest = torch.ones(len(score), dtype=torch.bool, device=score.device)
     rest[chosen] = False
@@ -175,7 +177,7 @@ def choose(
 
 
 def spread(total: int, sizes: list[int]) -> list[int]:
-    """`total` tokens over tiles in proportion to their sizes, rounded by largest remainder; at least two of each, at most all."""
+    """`total` tokens over tiles in proportion to their sizes (largest remainder); at least two of each, at most all."""
     exact = [total * size / sum(sizes) for size in sizes]
     shares = [int(part) for part in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda tile: shares[tile] - exact[tile])

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT, LLaVA-OneVision and LLaVA-NeXT-Video: how tokens map to tiles, and methods on ragged batches of images, groups and videos."""
+"""LLaVA-NeXT, LLaVA-OneVision and LLaVA-NeXT-Video: tokens and tiles, and methods on images, groups and videos."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ COUNTS = {
     "llava_onevision": {(42, 42): 21, (60, 80): 37, (120, 210): 81, (250, 250): 99},
     "llava_next_video": {(80, 107): 70},
 }
-SIZES = [(family, size) for family, sizes in COUNTS.items() for size in [*sizes, (100, 40), (333, 90), (43, 255), (199, 200)]]
+OTHERS = [(100, 40), (333, 90), (43, 255), (199, 200)]
+SIZES = [(family, size) for family, sizes in COUNTS.items() for size in [*sizes, *OTHERS]]
 
 
 def packed(model: Any, cells: torch.Tensor, size: tuple[int, int], fill: float) -> torch.Tensor:
@@ -135,7 +136,8 @@ def test_cells_become_tokens_as_the_model_packs_features(family, size):
     theirs = packed(model, cells, size, -7.0)
     assert len(theirs) == step.total
     torch.testing.assert_close(view.to_tokens(cells, -7.0), theirs, rtol=0, atol=1e-12)
-    torch.testing.assert_close(view.to_tokens(cells[..., 1]), theirs[:, 1].where(~view.is_newline(), float("nan")), rtol=0, atol=1e-12, equal_nan=True)
+    expected = theirs[:, 1].where(~view.is_newline(), float("nan"))
+    torch.testing.assert_close(view.to_tokens(cells[..., 1]), expected, rtol=0, atol=1e-12, equal_nan=True)
 
     # tile and cell of each token: exact where tokens are cells, the one below the middle where they are resampled
     number = torch.arange(view.tiles * side * side, dtype=torch.float64).reshape(view.tiles, -1, 1)
@@ -152,7 +154,7 @@ def test_cells_become_tokens_as_the_model_packs_features(family, size):
 
 
 def test_resampled_tokens_name_the_tile_they_lie_in():
-    """Tile numbers resampled as features are: where all cells under a token are of one tile, it is the one that is named."""
+    """Where all cells that a token is made of are of one tile, it is the one that is named."""
     view = one("llava_onevision", LARGE).vision
     flags = torch.eye(view.tiles, dtype=torch.float64)[:, None].expand(-1, 9, -1)
     share = view.to_tokens(flags, 0.0)
@@ -169,7 +171,8 @@ def test_places_in_sheets():
     assert place[:9].tolist() == [[r, c] for r in range(3) for c in range(3)]
     assert place[9:].tolist() == [[r, c] for r in range(4) for c in range(7)]
     assert newline.nonzero().squeeze(-1).tolist() == [15, 22, 29, 36]
-    assert view.tile_of()[9:16].tolist() == [1, 1, 1, 2, 2, 2, -1] and view.cell_of()[9:16].tolist() == [3, 4, 5, 3, 4, 5, -1]
+    assert view.tile_of()[9:16].tolist() == [1, 1, 1, 2, 2, 2, -1]
+    assert view.cell_of()[9:16].tolist() == [3, 4, 5, 3, 4, 5, -1]
 
     group = one("llava_onevision", SMALL, LARGE).vision
     assert group.images == (1, 1) and group.sheet_of().tolist() == [0] * 10 + [1] * 10
@@ -203,7 +206,8 @@ REAL = {
         (672, 672): 2928,
     },
     LlavaOnevision: {
-        (384, 384): 1485, (480, 640): 2929, (899, 1024): 6551, (1080, 1920): 7269, (2304, 2304): 7371, (100, 1000): 1467,
+        (384, 384): 1485, (480, 640): 2929, (899, 1024): 6551, (1080, 1920): 7269, (2304, 2304): 7371,
+        (100, 1000): 1467,
     },
 }  # fmt: skip
 
@@ -244,7 +248,8 @@ def test_batches_and_beams_see_the_sample_they_belong_to(family):
     singles = [step for sample in SAMPLES[family] for step in observed(family, tiny.inputs(family, sample))]
     together, beams = observed(family, batch(family)), observed(family, batch(family), num_beams=3, max_new_tokens=1)
     assert len(together) == len(singles) == sum(bool(sample[1] or sample[2]) for sample in SAMPLES[family])
-    for mine, same in [*zip(singles, together, strict=True), *zip([s for s in singles for _ in range(3)], beams, strict=True)]:
+    tripled = [step for step in singles for _ in range(3)]
+    for mine, same in [*zip(singles, together, strict=True), *zip(tripled, beams, strict=True)]:
         assert (mine.vision.images, mine.spans, mine.total) == (same.vision.images, same.spans, same.total)
         layer = mine.shape.feature_layer
         torch.testing.assert_close(mine.vision.hidden(layer), same.vision.hidden(layer))

@@ -1,4 +1,4 @@
-"""Tiny random LLaVA-NeXT, LLaVA-OneVision and LLaVA-NeXT-Video models with their real processors and a character-level tokenizer."""
+"""Tiny random LLaVA-NeXT, LLaVA-OneVision and LLaVA-NeXT-Video with their real processors."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def processor(family: str) -> Any:
 def model(family: str, kernel: str = "sdpa", dtype: torch.dtype = torch.float64) -> Any:
     """A model of the family for tests that leave it as it was; weights that are large enough to matter."""
     text = {
-        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     vision = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 14,

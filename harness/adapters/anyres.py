@@ -1,11 +1,12 @@
 """How LLaVA-NeXT and its successors lay images and frames out as tokens.
 
-An image is seen whole (the base tile) and in crops that tile the best-fitting resolution. Its tokens are the cells of the base tile, then the cells of
-all crops put together to one grid, without the rows or columns that only show padding, resampled where the family limits their number, with a newline
-token after every row. A frame of a video is one tile, pooled. Newline tokens are placeholders like the others but no cell stands behind them.
+An image is seen whole (the base tile) and in crops that tile the best-fitting resolution. Its tokens are the cells of
+the base tile, then the cells of all crops put together to one grid, without the rows or columns that only show padding,
+resampled where the family limits their number, with a newline token after every row. A frame of a video is one tile,
+pooled. Newline tokens are placeholders like the others but no cell stands behind them.
 
-A *sheet* is one such grid of tokens. Which resolution fits best and what is padding is asked of transformers' own functions, so the counts follow the
-model and the processor to the rounding.
+A *sheet* is one such grid of tokens. Which resolution fits best and what is padding is asked of transformers' own
+functions, so the counts follow the model and the processor to the rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Sheet:
-    """One grid of tokens: the cells of `tiles[0] x tiles[1]` tiles put together, cut out and perhaps resampled, in raster order.
+    """One grid of tokens: the cells of some tiles put together, cut out and perhaps resampled, in raster order.
 
     Attributes:
         tiles: (rows, columns) of tiles.
@@ -73,7 +74,8 @@ class Sheet:
     def places(self) -> Tensor:
         """(tokens, 2) row and column; a newline stands right of its row, or below the last one."""
         rows, columns = self.size
-        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns + (self.newline == "rows"))).reshape(-1, 2)
+        columns += self.newline == "rows"
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
         return torch.cat([places, torch.tensor([[rows, 0]])]) if self.newline == "end" else places
 
     def _with_newlines(self, grid: Tensor, fill: float) -> Tensor:
@@ -160,7 +162,8 @@ class AnyRes(Adapter):
         whole = (0, 0, height, width)
         if not cropped:
             return (Sheet((1, 1), whole, self.grid, newline="end"),)
-        tiles = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        tiles = get_anyres_image_grid_shape(size, pinpoints, side)
         stitched = (tiles[0] * height, tiles[1] * width)
         left = unpad_image(torch.arange(stitched[0] * stitched[1]).reshape(1, *stitched), size)[0]
         cut = (*divmod(int(left[0, 0]), stitched[1]), *left.shape)
@@ -263,7 +266,7 @@ class SheetView:
         return tokens.to(self._device)
 
     def sheet_of(self) -> Tensor:
-        """(N,) the number of the sheet (grid of tokens) each token is laid out in; a newline belongs to the sheet it closes."""
+        """(N,) number of the sheet each token is in; a newline is in the sheet it belongs to."""
         counts = torch.tensor([sheet.tokens for sheet in self._sheets], device=self._device)
         return torch.arange(len(counts), device=self._device).repeat_interleave(counts)
 

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: an image is a base tile and, after it, its crops stitched and unpadded, with a newline token after every row."""
+"""LLaVA-NeXT: an image is a base tile and then its crops, stitched and unpadded, with a newline after every row."""
 
 from __future__ import annotations
 

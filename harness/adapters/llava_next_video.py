@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: images as in LLaVA-NeXT; the cells of a frame are pooled 2 x 2 before the projector, without newlines."""
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT; cells of a frame are pooled 2 x 2 before the projector, no newlines."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ class LlavaNextVideo(AnyRes):
         reason = super().supports(method)
         reads = reason is None and any(need.vision for need in method.needs(self.shape).values())
         if reads and isinstance(self.pool, nn.Conv2d):
-            return f"{method.card.name} reads the vision tower, and frames pooled by a convolution have no scores of their own"
+            return f"{method.card.name} reads the vision tower, but frames pooled by a convolution have no scores"
         return reason

@@ -1,8 +1,8 @@
-"""LLaVA-OneVision: SigLIP without CLS; large grids of crops are resampled, images of a group stay whole, frames are pooled.
+"""LLaVA-OneVision: SigLIP without CLS; large grids are resampled, images of a group stay whole, frames are pooled.
 
-The image of a prompt with one image is laid out as in LLaVA-NeXT; when its stitched grid is larger than the configured number of tiles by more than a
-tenth (of a side), it is resampled to that size. An image of a prompt with several is one view and one newline. The tokens of a frame are projected and
-resampled to half the side, rounded up; one newline ends the video.
+The image of a prompt with one image is laid out as in LLaVA-NeXT; when its stitched grid is larger than the configured
+number of tiles by more than a tenth (of a side), it is resampled to that size. An image of a prompt with several is one
+view and one newline. Frames are projected and resampled to half the side, rounded up; one newline ends the video.
 """
 
 from __future__ import annotations
