@@ -20,6 +20,14 @@ METHODS = {  # name: class, in the module of the same name
     "fastv": "FastV",
     "pdrop": "PDrop",
     "visionzip": "VisionZip",
+    "vtw": "VTW",
+    "gsearch": "GSearch",
+    "psigmoid": "PSigmoid",
+    "fitprune": "FitPrune",
+    "dart": "DART",
+    "feather": "Feather",
+    "sparsevlm": "SparseVLM",
+    "pact": "Pact",
 }
 
 
