@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +35,13 @@ examples:
 """
 
 
+OUT = Path("runs")
+MODULES = {  # commands with a module of their own, imported when the command is used: `add_arguments` and `main`
+    "measure": ("pruneval.harness.measure", "what a method costs on a model, computed from dimensions"),
+    "check": ("pruneval.harness.check", "prove the engine's promises for a method on a model"),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """Errors as one line."""
 
@@ -43,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(command: str = "") -> argparse.ArgumentParser:
-    """The command line's grammar; the options of `measure` are filled in when it is the command."""
+    """The command line's grammar; a command with a module of its own has its options only when it is `command`."""
     raw = argparse.RawDescriptionHelpFormatter
     top = Parser(
         prog="pruneval",
@@ -56,34 +64,38 @@ def parser(command: str = "") -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="command")
 
     run = commands.add_parser(
-        "eval", help="run a method beside vanilla and print the table", epilog=EVAL, formatter_class=raw, allow_abbrev=False
+        "eval",
+        help="run a method beside vanilla and print the table",
+        epilog=EVAL,
+        formatter_class=raw,
+        allow_abbrev=False,
     )
-    run.add_argument("--model", default="pocket-llava", help="a name of `pruneval list models`, or a folder (default: %(default)s)")
-    run.add_argument("--method", required=True, help="a name of `pruneval list methods`")
-    run.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated")
+    add = run.add_argument
+    add("--model", default="pocket-llava", help="a name of `pruneval list models`, or a folder (default: %(default)s)")
+    add("--method", required=True, help="a name of `pruneval list methods`")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated")
     where = run.add_mutually_exclusive_group()
     where.add_argument("--suite", help="a name of `pruneval list suites` (default: pocket)")
-    where.add_argument("--benchmark", action="append", metavar="B", help="a name of `pruneval list benchmarks`; may be repeated")
-    run.add_argument("--limit", type=_whole("--limit"), metavar="N", help="only the first N questions of each benchmark")
-    run.add_argument("--batch-size", type=_whole("--batch-size"), default=8, metavar="B", help="samples per step; changes no answer (default: 8)")
-    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    run.add_argument("--dtype", help="float32, float16, bfloat16 (default: float32 on a CPU, else the model's own)")
-    run.add_argument("--kernel", help="attention: sdpa, eager, flash_attention_2 (default: sdpa)")
-    run.add_argument("--seed", type=_whole("--seed", 0), default=0, metavar="S", help="of methods that draw at random (default: 0)")
-    run.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results folder (default: runs)")
+    where.add_argument("--benchmark", action="append", metavar="B", help="of `list benchmarks`; may be repeated")
+    add("--limit", type=_whole("--limit"), metavar="N", help="only the first N questions of each benchmark")
+    add("--batch-size", type=_whole("--batch-size"), default=8, metavar="B", help="changes no answer (default: 8)")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--dtype", help="float32, float16, bfloat16 (default: float32 on a CPU, else the model's own)")
+    add("--kernel", help="attention: sdpa, eager, flash_attention_2 (default: sdpa)")
+    add("--seed", type=_whole("--seed", 0), default=0, metavar="S", help="of methods that draw at random (default: 0)")
 
     report = commands.add_parser("report", help="print every table of a results folder", allow_abbrev=False)
-    report.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR", help="results folder (default: runs)")
+    for each in (run, report):
+        each.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="results folder (default: %(default)s)")
 
-    listing = commands.add_parser("list", help="what there is: methods, models, suites, benchmarks", allow_abbrev=False)
+    listing = commands.add_parser("list", help="methods, models, suites, benchmarks", allow_abbrev=False)
     listing.add_argument("what", choices=("methods", "models", "suites", "benchmarks"))
     listing.add_argument("--json", action="store_true", help="a list of objects, for programs")
 
-    measure = commands.add_parser("measure", help="what a method costs on a model, computed from dimensions", allow_abbrev=False)
-    if command == "measure":
-        from pruneval.harness.measure import add_arguments
-
-        add_arguments(measure)
+    for name, (module, what) in MODULES.items():
+        options = commands.add_parser(name, help=what, allow_abbrev=False)
+        if name == command:
+            import_module(module).add_arguments(options)
     return top
 
 
@@ -103,7 +115,7 @@ def _whole(name: str, least: int = 1) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    out = Path("runs")
+    out = OUT
     try:
         grammar = parser(argv[0] if argv else "")
         args = grammar.parse_args(argv)
@@ -116,7 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             grammar.print_help()
             return 0
         out = getattr(args, "out", out)
-        return {"eval": _eval, "report": _report, "list": _list, "measure": _measure}[args.command](args)
+        if args.command in MODULES:
+            return int(import_module(MODULES[args.command][0]).main(args))
+        return {"eval": _eval, "report": _report, "list": _list}[args.command](args)
     except UserError as error:
         print(f"pruneval: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -179,19 +193,20 @@ def _eval(args: argparse.Namespace) -> int:
         cells, args.out, lambda: models.load(located, device, dtype, kernel), batch_size=args.batch_size
     )
     label = args.suite or ("-".join(names) if args.benchmark else "pocket")
-    _show(records, [(cell.spec, cell.reason) for cell in missed], args.out, f"{located.entry.name}_{label}_{built[-1].signature}", args.limit)
+    title = f"{located.entry.name}_{label}_{built[-1].signature}{f'_limit{args.limit}' if args.limit else ''}"
+    _show(records, [(cell.spec, cell.reason) for cell in missed], args.out, title)
     if missed:
         return 2
     return 0 if all(record.done for record in records) else 1
 
 
-def _show(records: list, missed: list, out: Path, name: str, limit: int | None) -> None:
+def _show(records: list[Any], missed: list[Any], out: Path, title: str) -> None:
     from pruneval.harness.records import write_atomically
     from pruneval.reports.table import comparison, to_markdown
 
     text = to_markdown(comparison(records, missed))
-    slug = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in name).strip("-")
-    path = out / "tables" / f"{slug[:150]}{f'_limit{limit}' if limit else ''}.md"
+    name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in title)
+    path = out / "tables" / f"{name[:200]}.md"
     write_atomically(path, text.encode())
     print(text)
     print(f"written to {path}", file=sys.stderr)
@@ -231,26 +246,25 @@ def listing(what: str) -> list[dict[str, Any]]:
     if what == "methods":
         from pruneval import methods
 
-        return [{**asdict(methods.card(name)), "parameters": _fields(methods.method_class(name))} for name in methods.names()]
+        return [
+            {**asdict(methods.card(name)), "parameters": _fields(methods.method_class(name))}
+            for name in methods.names()
+        ]
     if what == "models":
         from pruneval.harness import models
 
-        return [{**card, "summary": f"{card['title']}: {card['hub_id'] or 'comes with the package'}"} for card in models.cards()]
+        rows = models.cards()
+        return [{**row, "summary": f"{row['title']}: {row['hub_id'] or 'comes with the package'}"} for row in rows]
     if what == "suites":
         return [{"name": name, "benchmarks": list(of), "summary": ", ".join(of)} for name, of in tasks.suites().items()]
-    return [{**asdict(row), "summary": f"{row.title}: {row.n} questions, {row.unit}"} for row in tasks.benchmarks().values()]
+    known = tasks.benchmarks().values()
+    return [{**asdict(row), "summary": f"{row.title}: {row.n} questions, {row.unit}"} for row in known]
 
 
 def _fields(method: type) -> dict[str, Any]:
     from dataclasses import MISSING, fields
 
     return {item.name: None if item.default is MISSING else item.default for item in fields(method)}
-
-
-def _measure(args: argparse.Namespace) -> int:
-    from pruneval.harness import measure
-
-    return measure.main(args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ def fetch(row: ModelEntry) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        folder = Path(snapshot_download(row.hub_id, revision=row.revision, allow_patterns=list(FILES), local_files_only=True))
+        folder = Path(
+            snapshot_download(row.hub_id, revision=row.revision, allow_patterns=list(FILES), local_files_only=True)
+        )
         if _complete(folder):
             return folder
     except (OSError, ValueError):

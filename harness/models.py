@@ -1,7 +1,7 @@
 """Which models exist, where their files are, and loading them. torch and transformers are imported by `load` only.
 
-A model is a name of `models.yaml` or a folder. Files are looked for in `$PRUNEVAL_MODELS/<name>`, in the package, and in the
-hub's cache; only then is the hub asked.
+A model is a name of `models.yaml` or a folder. Files are looked for in `$PRUNEVAL_MODELS/<name>`, in the package and in
+the hub's cache; only then is the hub asked.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def _model_type(folder: Path) -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """A short hash of a model's files, so that another model is another spec. Of very large files, 64 blocks are read."""
+    """A short hash of a model's files, so that another model is another spec. Very large files are read in part."""
     seen = hashlib.sha256()
     for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
         size = path.stat().st_size
@@ -201,7 +201,7 @@ def check_options(device: str | None, dtype: str | None, kernel: str | None) -> 
 
 
 def resolve(row: ModelEntry, device: str | None, dtype: str | None, kernel: str | None) -> tuple[str, str, str]:
-    """Device, type and kernel, with defaults filled in: a GPU if there is one, float32 on a CPU, SDPA. Raises: UserError."""
+    """Device, type and kernel with defaults: a GPU if there is one, float32 on a CPU, SDPA. Raises: UserError."""
     check_options(device, dtype, kernel)
     if device != "cpu":
         import torch
@@ -253,7 +253,9 @@ def load(
             )
             processor = AutoProcessor.from_pretrained(found.folder, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"the model in {found.folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"the model in {found.folder} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""The files of a cell: the journal while it runs, one record when it has ended. Nothing else opens a result file for writing.
+"""The files of a cell: the journal while it runs, one record when it has ended. No other module writes result files.
 
     <out>/<hash of the spec>/journal.jsonl     answers already generated, one JSON object per line
                              samples.parquet   one row per request
@@ -213,4 +213,6 @@ def _verify(path: Path, expected: str) -> None:
     except OSError as error:
         raise RecordError(f"the samples {path} cannot be read: {error.strerror}") from error
     if found != expected:
-        raise RecordError(f"the samples {path} are not the ones the record was written with; delete {path.parent} to run it again")
+        raise RecordError(
+            f"the samples {path} are not the ones the record was written with; delete {path.parent} to run it again"
+        )

@@ -121,19 +121,20 @@ def run_cells(
     cells = list(cells)
     for number, cell in enumerate(cells, 1):
         title = f"[{number}/{len(cells)}] {cell.benchmark.title}, {cell.spec.method_signature}"
-        record = _finished(out / cell.spec.hash, show)
-        if record is not None:
-            show.say(f"{title}: done before, reused")
-            records.append(record)
-            continue
+        folder = out / cell.spec.hash
         try:
-            with claim(out / cell.spec.hash):
+            with claim(folder):
+                record = _finished(folder, show)
+                if record is not None:
+                    show.say(f"{title}: done before, reused")
+                    records.append(record)
+                    continue
                 if loaded is None:
-                    show.say(f"loading {cell.spec.model}")
+                    show.say(f"loading {cell.spec.model} and lmms-eval")
                     loaded = load()
                 if evaluate is None:
                     from pruneval.harness.evaluate import evaluate
-                records.append(_run(cell, out / cell.spec.hash, loaded, batch_size, evaluate, show, title))
+                records.append(_run(cell, folder, loaded, batch_size, evaluate, show, title))
         except UserError as error:
             if loaded is None:
                 raise
@@ -209,14 +210,16 @@ def _budget(samples: Any) -> dict[str, float]:
 
 
 def _implied(cell: Cell, loaded: models.LoadedModel, samples: Any) -> dict[str, Any] | None:
-    """The cost of the median sample, from the model's dimensions and the method's declared schedule; None where unknown."""
+    """The cost of the median sample, from dimensions and the method's declared schedule; None where unknown."""
     from pruneval.harness import measure
 
     try:
         visual = round(float(samples["visual_tokens"].median()))
         counts = [len(ids) for ids in loaded.processor.tokenizer(list(samples["prompt"]))["input_ids"]]
         text = sorted(counts)[len(counts) // 2] - 1  # the image's placeholder is one token before it is expanded
-        found = measure.implied(str(loaded.folder), cell.spec.method, cell.method.params, visual_tokens=visual, text_tokens=text)
+        found = measure.implied(
+            str(loaded.folder), cell.spec.method, cell.method.params, visual_tokens=visual, text_tokens=text
+        )
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return {**found, "model": cell.spec.model}

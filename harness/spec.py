@@ -23,7 +23,9 @@ def code_version() -> str:
 
 def signature_of(method: str, params: Mapping[str, Any]) -> str:
     """Name and parameters, as `fastv(layer=2,keep=0.5)`; the same text as `Method.signature`."""
-    inner = ",".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items())
+    inner = ",".join(
+        f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()
+    )
     return f"{method}({inner})" if inner else method
 
 

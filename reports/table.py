@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pruneval.harness.records import RunRecord, RunSpec
 from pruneval.tasks import Benchmark, benchmarks
@@ -38,16 +39,18 @@ class Table:
     notes: tuple[str, ...] = field(default=())
 
 
-def group_key(spec: RunSpec) -> tuple:
-    """Records with equal keys may stand in one table."""
-    return (spec.edition, spec.model, spec.revision, spec.dtype, spec.kernel, spec.limit or 0, spec.seed, spec.version)
-
-
 def comparisons(records: Iterable[RunRecord]) -> list[Table]:
     """One table per edition, model and setting: numbers that may not be compared never stand in one table."""
-    groups: dict[tuple, list[RunRecord]] = {}
+    records = list(records)
+    revisions: dict[str, set[str]] = {}
     for record in records:
-        groups.setdefault(group_key(record.spec), []).append(record)
+        revisions.setdefault(record.spec.benchmark, set()).add(record.spec.data)
+    groups: dict[tuple[Any, ...], list[RunRecord]] = {}
+    for record in records:
+        spec = record.spec
+        data = spec.data if len(revisions[spec.benchmark]) > 1 else ""
+        key = (spec.edition, spec.model, spec.revision, spec.dtype, spec.kernel, spec.limit or 0, spec.seed)
+        groups.setdefault((*key, data, spec.version), []).append(record)
     return [comparison(group) for _, group in sorted(groups.items())]
 
 
@@ -67,12 +70,21 @@ def comparison(records: Iterable[RunRecord], missed: Iterable[tuple[RunSpec, str
     names = [name for name in known if any(spec.benchmark == name for spec in specs)]
     kinds = {spec.method_signature: spec for spec in sorted(specs, key=_order)}
     base = {name: found.get((_reference(kinds), name)) for name in names}
-    counts = {name: {_count(record, known[name]) for (_, b), record in found.items() if b == name and record.done} for name in names}
+    counts = {
+        name: {_count(record, known[name]) for (_, b), record in found.items() if b == name and record.done}
+        for name in names
+    }
     rows = []
     for kind, spec in kinds.items():
         mine = {name: found.get((kind, name)) for name in names}
         cells = [_score(mine[name], known[name], reasons.get((kind, name), ""), counts[name]) for name in names]
-        rows.append(Row(kind, (*cells, _average(mine, known), _relative(mine, base, known), _budget(mine)), _signature(spec, mine)))
+        rows.append(
+            Row(
+                kind,
+                (*cells, _average(mine, known), _relative(mine, base, known), _budget(mine)),
+                _signature(spec, mine),
+            )
+        )
     one = specs[0]
     pocket = one.edition == "pocket"
     title = f"{one.model}: {'pocket scores, ' if pocket else ''}{len(names)} benchmark{'s' * (len(names) > 1)}"
@@ -80,10 +92,15 @@ def comparison(records: Iterable[RunRecord], missed: Iterable[tuple[RunSpec, str
         title += f", the first {one.limit} questions of each"
     columns = [_heading(known[name], counts[name]) for name in names]
     average = "average, pocket (% of maximum)" if pocket else "average (% of maximum)"
-    return Table(title, ("method", *columns, average, "relative to vanilla (%)", "visual tokens (avg_in)"), tuple(rows), _notes(pocket))
+    return Table(
+        title,
+        ("method", *columns, average, "relative to vanilla (%)", "visual tokens (avg_in)"),
+        tuple(rows),
+        _notes(pocket),
+    )
 
 
-def _order(spec: RunSpec) -> tuple:
+def _order(spec: RunSpec) -> tuple[bool, str, str]:
     return (spec.method != REFERENCE, spec.method, spec.method_signature)
 
 
@@ -93,8 +110,9 @@ def _reference(kinds: Mapping[str, RunSpec]) -> str:
 
 def _notes(pocket: bool) -> tuple[str, ...]:
     notes = [
-        "± is one standard error. The average is the mean of the scores as percent of their maximum; relative to vanilla is the "
-        "mean of score / vanilla's score. avg_in is the mean over layers of the visual tokens that enter a layer, observed while running.",
+        "± is one standard error. The average is the mean of the scores as percent of their maximum; relative to "
+        "vanilla is the mean of score / vanilla's score. avg_in is the mean over layers of the visual tokens that "
+        "enter a layer, observed while running."
     ]
     if pocket:
         notes.append("Pocket scores come from a small drawn world; they are not scores of the published benchmarks.")
@@ -122,7 +140,9 @@ def _score(record: RunRecord | None, row: Benchmark, reason: str, counts: set[in
         return Cell("not run", reason or "not run yet")
     if not record.done:
         error = record.error or {}
-        return Cell("failed", f"failed at sample {error.get('sample', '?')}: {error.get('message', 'no reason recorded')}")
+        return Cell(
+            "failed", f"failed at sample {error.get('sample', '?')}: {error.get('message', 'no reason recorded')}"
+        )
     score = record.scores[row.metric]
     digits = 1 if row.scale != 1 or row.maximum <= 100 else 0
     text = f"{score['value'] * row.scale:.{digits}f}"
@@ -134,7 +154,11 @@ def _score(record: RunRecord | None, row: Benchmark, reason: str, counts: set[in
 
 
 def _average(mine: Mapping[str, RunRecord | None], known: Mapping[str, Benchmark]) -> Cell:
-    shares = [100 * value / known[name].maximum for name, record in mine.items() if (value := _value(record, known[name])) is not None]
+    shares = [
+        100 * value / known[name].maximum
+        for name, record in mine.items()
+        if (value := _value(record, known[name])) is not None
+    ]
     return Cell(f"{sum(shares) / len(shares):.1f}") if len(shares) == len(mine) else Cell("-")
 
 
@@ -153,7 +177,9 @@ def _relative(
 def _mean(mine: Mapping[str, RunRecord | None], key: str) -> float | None:
     """Mean over all samples of all benchmarks."""
     weighted = [
-        (record.budget[key], record.samples["rows"]) for record in mine.values() if record and record.samples and key in record.budget
+        (record.budget[key], record.samples["rows"])
+        for record in mine.values()
+        if record and record.samples and key in record.budget
     ]
     total = sum(rows for _, rows in weighted)
     return sum(value * rows for value, rows in weighted) / total if total else None
@@ -163,7 +189,11 @@ def _budget(mine: Mapping[str, RunRecord | None]) -> Cell:
     kept, whole = _mean(mine, "avg_in"), _mean(mine, "visual_tokens")
     if kept is None or not whole:
         return Cell("-")
-    return Cell(f"{kept:.1f} of {whole:g} ({100 * kept / whole:.1f}%)" if round(whole) == whole else f"{kept:.1f} of {whole:.1f}")
+    return Cell(
+        f"{kept:.1f} of {whole:g} ({100 * kept / whole:.1f}%)"
+        if round(whole) == whole
+        else f"{kept:.1f} of {whole:.1f}"
+    )
 
 
 def _signature(spec: RunSpec, mine: Mapping[str, RunRecord | None]) -> str:
@@ -182,10 +212,17 @@ def to_markdown(table: Table) -> str:
     widths = [max(len(line[column]) for line in [list(table.columns), *body]) for column in range(len(table.columns))]
     lines = [f"# {table.title}", ""]
     for number, line in enumerate([list(table.columns), *body]):
-        padded = [text.ljust(width) if at == 0 else text.rjust(width) for at, (text, width) in enumerate(zip(line, widths, strict=True))]
+        padded = [
+            text.ljust(width) if at == 0 else text.rjust(width)
+            for at, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
         lines.append("| " + " | ".join(padded) + " |")
         if number == 0:
-            lines.append("|" + "|".join("-" * (width + 2) if at == 0 else "-" * (width + 1) + ":" for at, width in enumerate(widths)) + "|")
+            lines.append(
+                "|"
+                + "|".join("-" * (width + 2) if at == 0 else "-" * (width + 1) + ":" for at, width in enumerate(widths))
+                + "|"
+            )
     lines += [""] + [f"[{number}] {note}  " for note, number in notes.items()] + [""] * bool(notes)
     lines += [f"{note}  " for note in table.notes]
     lines += ["", *(f"- `{row.signature}`" for row in table.rows)]
