@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,15 @@ class Rows:
     def received(self, index: Any = None) -> torch.Tensor:
         """Their mean, (H, n)."""
         return self.full.mean(1) if index is None else self.rows(index).mean(1)
+
+    def blocks(self, index: Any = None) -> Iterator[torch.Tensor]:
+        """The rows asked for, one by one."""
+        for row in range(self.full.shape[1]) if index is None else index:
+            yield self.rows(row)
+
+    def unrotated(self) -> Rows:
+        """The same: the numbers are given."""
+        return self
 
 
 def step(before: int, visual: int, after: int, layer: int = 0, layers: int = 32, **seen: Any) -> Step:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 IMAGE, PAD, BOS, EOS = 250, 3, 1, 2
+RECIPE = Path(__file__).parent / "fitprune_four_layers.json"
+
+
+def params(method: str, keep: float, layers: int = 4) -> dict[str, Any]:
+    """Parameters that bring a method to a budget: most by `keep`, calibrated ones by a recipe for this depth."""
+    if method == "gsearch":
+        return {"rates": ",".join([str(keep)] * len(range(2, layers, 3)))}
+    return {"keep": keep} | ({"recipe": str(RECIPE)} if method == "fitprune" else {})
 
 
 def llava(
