@@ -297,3 +297,26 @@ def test_importing_lmms_eval_changes_nothing_else():
     build_task(tasks.benchmark("pocket-mme"))
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     assert ("ignore", None, Warning, None, 0) not in warnings.filters
+
+
+@pytest.mark.parametrize("name", tasks.suite("core5"))
+def test_full_editions_ask_the_hub_for_the_published_data(name: str, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    row, pocket = tasks.benchmark(name), tasks.benchmark(f"pocket-{name}")
+    folder, asked = editions.ensure(pocket.dataset), []
+
+    def load(path, name=None, split=None, **options):
+        asked.append((path, name, split))
+        assert "token" not in options, "public data must load without a login"
+        part = "images" if name and "images" in name else row.split
+        return local("parquet", data_files={row.split: str(folder / f"{part}.parquet")}, split=split)
+
+    local = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    task = build_task(row)
+    config = {"gqa": "testdev_balanced_instructions", "scienceqa": "ScienceQA-IMG"}.get(name)
+    assert asked[0] == (row.dataset, config, None)
+    assert asked[1:] == ([(row.dataset, "testdev_balanced_images", "testdev")] if name == "gqa" else [])
+    assert len(task.eval_docs) == pocket.n
+    assert task.doc_to_visual(task.eval_docs[3])[0].size == (96, 96)
