@@ -79,14 +79,15 @@ class HeadAttention:
 
     def rows(self, index: Tensor | Sequence[int] | int) -> Tensor:
         """Attention of the query rows `index` (negative counts from the end), float32 (H, r, n)."""
-        heads, n, _ = self.query.shape
+        (heads, n, _), columns = self.query.shape, self.key.shape[1]
         index = torch.as_tensor(index, device=self.query.device).reshape(-1)
         index = torch.where(index < 0, index + n, index)
         dtype = torch.promote_types(torch.float32, self.query.dtype)
         query = self.query[:, index].to(dtype).unflatten(0, (self.key.shape[0], -1)).flatten(1, 2)
-        logits = (query @ self.key.to(dtype).transpose(-1, -2) * self.scaling).reshape(heads, len(index), n)
+        logits = (query @ self.key.to(dtype).transpose(-1, -2) * self.scaling).reshape(heads, len(index), columns)
         if self.causal:
-            future = torch.arange(n, device=index.device)[None, :] > index[:, None]
+            # queries are the last of the columns: at decode steps there are fewer
+            future = torch.arange(columns, device=index.device)[None, :] > index[:, None] + columns - n
             logits = logits.masked_fill(future, float("-inf"))
         if self.window is not None:
             logits = logits.masked_fill(self.window[None, :] != self.window[index, None], float("-inf"))

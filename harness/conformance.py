@@ -152,7 +152,7 @@ def cache_lengths(case: Case) -> None:
             cache = generate(case.model, inputs, max_new_tokens=new, min_new_tokens=new).past_key_values
             for layer in range(session.shape.layers):
                 found = cache.layers[layer].keys.shape[-2]
-                expected = session.trace.entering(layer).width + new - 1
+                expected = session.trace.stored(layer).width + new - 1
                 if found != expected:
                     raise Broken(f"layer {layer} caches {found} tokens after {new - 1} decode steps, not {expected}")
 

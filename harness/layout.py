@@ -71,13 +71,26 @@ class Budget:
     keep: float
 
 
+@dataclass(frozen=True)
+class Eviction:
+    """What the cache of decoder layer `layer` holds of the prompt once `generated` tokens have been read after it."""
+
+    generated: int
+    layer: int
+    layout: Layout
+
+
 class Trace:
-    """The layouts of one prefill, in order of their boundaries; the first is the un-pruned prompt (boundary 0)."""
+    """The layouts of one prefill, in order of their boundaries; the first is the un-pruned prompt (boundary 0).
+
+    `evictions` lists what left the caches afterwards, while the answer was generated.
+    """
 
     def __init__(self, prompt: Layout, layers: int) -> None:
         self.prompt = prompt
         self.layers = layers
         self.layouts: list[Layout] = []  # reductions only
+        self.evictions: list[Eviction] = []
 
     @property
     def batch(self) -> int:
@@ -91,6 +104,29 @@ class Trace:
             if layout.boundary <= layer:
                 current = layout
         return current
+
+    def stored(self, layer: int, generated: int | None = None) -> Layout:
+        """What of the prompt the cache of a decoder layer holds once `generated` tokens have been read after it (None:
+        at the end).
+        """
+        current = self.entering(layer)
+        for eviction in self.evictions:
+            if eviction.layer == layer and (generated is None or eviction.generated <= generated):
+                current = eviction.layout
+        return current
+
+    def cached(self, sample: int, generated: int) -> float:
+        """Mean share of the sample's visual tokens in the caches, over layers and over the `generated` decode steps.
+
+        An eviction after a step shows from the next one on.
+        """
+        visual = int(self.prompt.samples[sample].visual.sum())
+        counts = [
+            int(self.stored(layer, read).samples[sample].visual.sum())
+            for layer in range(self.layers)
+            for read in range(max(1, generated))
+        ]
+        return sum(counts) / (len(counts) * visual) if visual else 1.0
 
     def budget(self, sample: int = 0) -> Budget:
         """The realised budget of one sample."""

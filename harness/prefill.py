@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pruneval.harness.decoding import Decoding
 from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Layout, Tokens, Trace
 from pruneval.harness.stream import Stream, prompt_layout, starts
@@ -49,6 +50,7 @@ class Prefill:
         if self.active and cache is not None and any(_fixed(layer) for layer in cache.layers):
             raise UserError("pruning needs a cache that grows: static and sliding-window caches are not supported")
         self.done = False
+        self.decoding: Decoding | None = None
         self.streams: dict[int, Stream] = {}
         self.stream: Stream | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in range(ids.shape[0])]
@@ -65,7 +67,7 @@ class Prefill:
             self._start(hidden, kwargs.get("position_embeddings"))
         if self.active and index in self.session.needs:
             hidden = self._reduce(index, hidden, kwargs)
-        self.session.recorder.on = self.active
+        self.session.recorder.on = self.active and index in self.session.read
         if self.stream is None:
             return hidden, None
         self.streams[index] = self.stream
@@ -92,6 +94,8 @@ class Prefill:
         ]
         if lengths != expected:
             raise RuntimeError(f"the trace says {expected} cached tokens per layer, the cache holds {lengths}")
+        if self.session.evicting:
+            self.decoding = Decoding(self, self.session.evicting)
 
     def _start(self, hidden: Tensor, rotation: Any) -> None:
         position = self.session.rotary_position
@@ -252,6 +256,7 @@ class Prefill:
 
     def decode(self, index: int, hidden: Tensor, position: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The changed arguments of decoder layer `index` at a decode step; None when nothing changes."""
+        self.session.recorder.on = self.decoding is not None
         stream = self.streams.get(index)
         if stream is None:
             return None
@@ -261,6 +266,14 @@ class Prefill:
         if stream.shift is not None:
             changed["position_embeddings"] = stream.decode_rotation(hidden, position)
         return changed
+
+
+    def stepped(self) -> None:
+        """Closes a decode step."""
+        if self.decoding is not None:
+            self.session.recorder.on = False
+            self.decoding.stepped(self.session.recorder.calls)
+            self.session.recorder.calls.clear()
 
 
 def _fixed(layer: Any) -> bool:

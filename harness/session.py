@@ -75,6 +75,8 @@ class Session:
         self.trace: Trace | None = None
         self.shape = adapter.shape
         self.needs = method.needs(self.shape)
+        self.read = {index for need in self.needs.values() for index in need.attention}
+        self.evicting = method.evicting(self.shape)
         self.recorder = Recorder()
         self.encoded: list[Encoding] = []
         self.vision_hidden: dict[int, Tensor] = {}
@@ -122,7 +124,7 @@ class Session:
                 }
             if need.next:
                 watched[("text", layer)] = self.adapter.attention(layer)
-        return watched
+        return watched | {("text", index): self.adapter.attention(index) for index in self.evicting}
 
     def _wrap_encoder(self, name: str, stack: ExitStack) -> None:
         """Notes what goes through an encoding function of the inner model, and what the tower saw meanwhile."""
@@ -215,7 +217,10 @@ class Session:
 
     def _after_text(self, module: nn.Module, args: tuple, output: Any) -> None:
         run = self._prefill
-        if run is None or run.done:
+        if run is None:
+            return
+        if run.done:
+            run.stepped()
             return
         run.finish()
         self.trace = run.trace

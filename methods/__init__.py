@@ -28,6 +28,7 @@ METHODS = {  # name: class, in the module of the same name
     "feather": "Feather",
     "sparsevlm": "SparseVLM",
     "pact": "Pact",
+    "st3": "ST3",
 }
 
 

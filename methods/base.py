@@ -17,7 +17,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pruneval.methods.step import Attention, MethodError, Needs, Reduction, Shape, Step, Vision, torch
+from pruneval.methods.step import Attention, DecodeStep, MethodError, Needs, Reduction, Shape, Step, Vision, torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attention",
     "Card",
+    "DecodeStep",
     "Method",
     "MethodError",
     "Needs",
@@ -68,8 +69,8 @@ class Method:
     """A pruning method. Subclasses are frozen dataclasses with a class attribute `card`.
 
     `positions` says what happens to position ids: "original" (survivors keep theirs) or "compact" (renumbered);
-    methods where both make sense have a parameter `position_mode`. `knob` names the parameter that sets the budget, from
-    0 (least) to 1 (all). `presets` are published settings: "model@tokens" -> parameters.
+    methods where both make sense have a parameter `position_mode`. `knob` names the parameter that sets the budget,
+    from 0 (least) to 1 (all). `presets` are published settings: "model@tokens" -> parameters.
     """
 
     card: ClassVar[Card]
@@ -99,6 +100,14 @@ class Method:
     def reduce(self, step: Step) -> Reduction | None:
         """The stream that goes on, or None when nothing changes."""
         raise NotImplementedError
+
+    def evicting(self, shape: Shape) -> tuple[int, ...]:
+        """The decoder layers for which `at_decode` is called after every generated token."""
+        return ()
+
+    def at_decode(self, step: DecodeStep) -> Tensor | None:
+        """Which of the cached visual tokens, by number 0..v-1, stay in the layer's cache; None when all do."""
+        return None
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
         """Visual tokens that enter each decoder layer, of a prompt with one image of `n`.

@@ -220,6 +220,29 @@ class Step:
         return Reduction(index.sort().values)
 
 
+@dataclass
+class DecodeStep:
+    """One sample's cache of one decoder layer, after a generated token went through the layer. No padding.
+
+    Attributes:
+        layer: the decoder layer.
+        generated: t, tokens read after the prompt.
+        attention: that of the newest tokens, usually one: `rows(-1)` is (H, 1, n) over the n cached tokens.
+        visual: (v,) places of the visual tokens in the cache, ascending.
+        entered: visual tokens that entered the layer with the prompt.
+        shape: sizes of the model.
+        memory: what the method wants to remember of this layer until the next token.
+    """
+
+    layer: int
+    generated: int
+    attention: Attention
+    visual: Tensor
+    entered: int
+    shape: Shape
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Reduction:
     """The stream that goes on.
