@@ -105,7 +105,7 @@ class AnyRes(Adapter):
     whole_items: ClassVar[bool] = True
 
     @property
-    def has_cls(self) -> bool:  # type: ignore[override]
+    def has_cls(self) -> bool:
         return self.config.vision_feature_select_strategy == "default"
 
     @property
@@ -167,7 +167,7 @@ class AnyRes(Adapter):
         stitched = (tiles[0] * height, tiles[1] * width)
         left = unpad_image(torch.arange(stitched[0] * stitched[1]).reshape(1, *stitched), size)[0]
         cut = (*divmod(int(left[0, 0]), stitched[1]), *left.shape)
-        shape = self.resize(*left.shape, encoding)
+        shape = self.resize(left.shape[0], left.shape[1], encoding)
         resample = None if shape == tuple(left.shape) else Bilinear(shape)
         return Sheet((1, 1), whole, self.grid), Sheet(tiles, cut, shape, resample, "rows")
 
