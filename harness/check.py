@@ -24,7 +24,9 @@ FAMILIES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `pruneval check`."""
     parser.add_argument("--all", action="store_true", help="every method on every family, on tiny random models")
-    parser.add_argument("--method", action="append", metavar="M", help="a name of `pruneval list methods`; may be repeated")
+    parser.add_argument(
+        "--method", action="append", metavar="M", help="a method of `pruneval list methods`; repeatable"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method")
     parser.add_argument("--family", action="append", metavar="F", help=f"one of {', '.join(FAMILIES)}; may be repeated")
     parser.add_argument("--model", help="a model of `pruneval list models`, or a folder, instead of tiny ones")
@@ -38,7 +40,10 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("say what to check: --all, or --method M (and --model or --family)")
     names = args.method or methods.names()
     for name in names:
-        methods.method_class(name)
+        try:
+            methods.method_class(name)
+        except methods.MethodError as error:
+            raise UserError(str(error)) from None
     given = _given(args.set)
     if given and len(names) != 1:
         raise UserError("--set goes with one --method")

@@ -42,9 +42,7 @@ def _anyres() -> dict[str, Any]:
 
 
 def _llava() -> nn.Module:
-    config = hf.LlavaConfig(
-        vision_config=_clip(), text_config=hf.LlamaConfig(**_TEXT), image_seq_length=16, **_IDS
-    )
+    config = hf.LlavaConfig(vision_config=_clip(), text_config=hf.LlamaConfig(**_TEXT), image_seq_length=16, **_IDS)
     return hf.LlavaForConditionalGeneration(config)
 
 
@@ -133,14 +131,15 @@ def _media(family: str) -> list[Media]:
     image, video = "image", "video"
     if family in ("llava", "video_llava", "internvl"):
         one: Media = [(image, lambda m: {"pixel_values": _noise(1, 3 if family == "internvl" else 1, 3, SIZE, SIZE)})]
-        two: Media = [(image, lambda m: {"pixel_values": _noise(2, 1, 3, SIZE, SIZE)}), *one]
+        pair: Media = [(image, lambda m: {"pixel_values": _noise(2, 1, 3, SIZE, SIZE)}), *one]
         if family == "video_llava":
-            return [one, [(video, lambda m: {"pixel_values_videos": _noise(3, 1, 4, 3, SIZE, SIZE)})], two]
-        return [one, two]
+            return [one, [(video, lambda m: {"pixel_values_videos": _noise(3, 1, 4, 3, SIZE, SIZE)})], pair]
+        return [one, pair]
     if family.startswith("qwen"):
         first: Media = [(image, lambda m: _patches(m, image, (1, 8, 12), 1))]
         clip: Media = [(video, lambda m: _patches(m, video, (2, 4, 8), 2))]
-        return [first, [(image, lambda m: _patches(m, image, (1, 4, 8), 3)), *first]] + ([clip] if "2_5" in family else [])
+        two = [(image, lambda m: _patches(m, image, (1, 4, 8), 3)), *first]
+        return [first, two] + ([clip] if "2_5" in family else [])
     flat: Media = [(image, lambda m: _tiles(m, [(60, 80)], 1))]
     tall: Media = [(image, lambda m: _tiles(m, [(100, 50)], 2))]
     side = 42 if family == "llava_onevision" else SIZE

@@ -243,5 +243,5 @@ def test_the_command_answers_with_its_exit_code(capsys):
 
 
 def test_not_applicable_reasons_are_kept():
-    with pytest.raises(NotApplicable, match="renumbers|merges"):
+    with pytest.raises(NotApplicable, match=r"renumbers|merges"):
         conformance.masking(Case("visionzip", subjects.subject(LLAVA)))
