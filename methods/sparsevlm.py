@@ -162,6 +162,20 @@ class SparseVLM(Method):
         keep = torch.cat([before[:end], pool[centres], before[end:]])
         return Reduction(keep, torch.arange(end, end + clusters, device=keep.device), merged)
 
+    def work(self, shape: Shape, visual: int, text: int) -> dict[str, int]:
+        """Multiply-adds of choosing raters, of their rows and of the distances of recycled tokens, at most: as if all
+        text came after the image and were a rater.
+        """
+        adaptive = self.version == "1.0" and self.keep < 1
+        entering = [visual] * shape.layers if adaptive else self.schedule(shape, visual)
+        work = {"raters": visual * text * shape.hidden}
+        for stage, layer in enumerate(self.scoring(shape)):
+            work[f"rows of layer {layer}"] = shape.heads * shape.head_dim * text * (entering[layer] + text)
+            kept = 1 if adaptive else min(self.listed(visual)[stage], entering[layer])
+            best, _ = self.recycled(entering[layer] - kept)
+            work[f"distances after layer {layer}"] = best * best * shape.hidden
+        return work
+
     def _raters(self, step: Step) -> torch.Tensor:
         """Stream indices of the raters; which tokens of the question they are is decided once per prompt."""
         if "raters" not in step.memory:

@@ -171,6 +171,16 @@ def test_order_positions_and_full_first_cache(version):
         assert torch.equal(tokens.position, tokens.origin if version == "2.0" else torch.arange(len(tokens)))
 
 
+def test_work_counts_the_rows_of_all_raters():
+    work = preset("192").work(shape(), 576, 40)
+    assert work["raters"] == 576 * 40 * 4096
+    assert [work[f"rows of layer {layer}"] for layer in (2, 6, 15)] == [4096 * 40 * (n + 40) for n in (576, 309, 204)]
+    best = [int(0.3 * pruned) + 1 for pruned in (276, 109, 94)]
+    assert [work[f"distances after layer {layer}"] for layer in (2, 6, 15)] == [m * m * 4096 for m in best]
+    assert preset("192/2.0").work(shape(), 576, 40)["distances after layer 2"] == 0
+    assert preset("64/1.0").work(shape(), 576, 40)["rows of layer 19"] == 4096 * 40 * 616
+
+
 @pytest.mark.parametrize(
     "params, message",
     [
