@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pruneval.methods.base import (
-    Attention,
     Card,
     Method,
     MethodError,
@@ -85,7 +84,7 @@ class Pact(Method):
         if self.keep == 1:
             return None
         attention, visual = step.next, step.visual
-        survivors = strongest(self.score(step, attention), max(1, int(len(visual) * self.keep + 1e-9)))
+        survivors = strongest(self.score(step), max(1, int(len(visual) * self.keep + 1e-9)))
         distance = distances(attention.key[:, visual].transpose(0, 1).flatten(1), survivors)
         centres = survivors[peaks(distance[survivors], self.cutoff)]
         place = torch.full((len(visual),), -1, device=visual.device)
@@ -110,9 +109,9 @@ class Pact(Method):
             weights=weights if self.proportional and len(merged) else None,
         )
 
-    def score(self, step: Step, attention: Attention) -> torch.Tensor:
+    def score(self, step: Step) -> torch.Tensor:
         """(v,) EUTI: what the global query sees of a visual token, times the norm of its hidden state."""
-        bare, end = attention.unrotated(), int(step.visual[-1]) + 1
+        bare, end = step.next.unrotated(), int(step.visual[-1]) + 1
         wide = torch.promote_types(torch.float32, bare.query.dtype)
         query, key = bare.query[:, :end].to(wide).mean(1), bare.key[:, :end].to(wide)
         grouped = query.unflatten(0, (len(key), -1))  # heads that share keys

@@ -139,13 +139,10 @@ class SparseVLM(Method):
         current = len(step.visual)
         if self.keep == 1 or current < 2:
             return None
-        layer = step.layer - 1
-        rows = self._raters(step)
-        received = self._corrected(step, layer, rows) if self.version == "2.0" else step.seen[layer].received(rows)
-        score = received.mean(0)[step.visual]
-        count = self._count(step, layer, rows)
+        count = self._count(step)
         if count is None:
             return None
+        score = self.score(step)
         chosen = strongest(score, count)
         best, clusters = self.recycled(current - count)
         if not clusters:
@@ -161,6 +158,13 @@ class SparseVLM(Method):
         end = int((before <= step.visual[-1]).sum())
         keep = torch.cat([before[:end], pool[centres], before[end:]])
         return Reduction(keep, torch.arange(end, end + clusters, device=keep.device), merged)
+
+    def score(self, step: Step) -> torch.Tensor:
+        """(v,) mean attention of the raters in the layer before, over heads."""
+        rows = self._raters(step)
+        attention = step.seen[step.layer - 1]
+        received = self._corrected(step, rows) if self.version == "2.0" else attention.received(rows)
+        return received.mean(0)[step.visual]
 
     def work(self, shape: Shape, visual: int, text: int) -> dict[str, int]:
         """Multiply-adds of choosing raters, of their rows and of the distances of recycled tokens, at most: as if all
@@ -185,18 +189,18 @@ class SparseVLM(Method):
             step.memory["raters"] = step.origin[question[mine]]
         return torch.isin(step.origin, step.memory["raters"]).nonzero().squeeze(-1)
 
-    def _count(self, step: Step, layer: int, rows: torch.Tensor) -> int | None:
+    def _count(self, step: Step) -> int | None:
         """Visual tokens that stay; None when version 1.0 finds nothing to prune."""
-        current = len(step.visual)
+        current, layer = len(step.visual), step.layer - 1
         if self.version != "1.0":
             return min(self.listed(step.total)[self.scoring(step.shape).index(layer)], current - 1)
-        seen = step.seen[layer].rows(rows).mean(0)[:, step.visual]
+        seen = step.seen[layer].rows(self._raters(step)).mean(0)[:, step.visual]
         rank = int(torch.linalg.matrix_rank(seen.float()))
         return None if rank == current else max(1, min(int(rank * self.scale + self.offset), current - 1))
 
-    def _corrected(self, step: Step, layer: int, rows: torch.Tensor) -> torch.Tensor:
+    def _corrected(self, step: Step, rows: torch.Tensor) -> torch.Tensor:
         """(H', n) attention of the raters over what position alone gives, of the heads that look at the image most."""
-        attention = step.seen[layer]
+        attention = step.seen[step.layer - 1]
         ones = attention.rotated(torch.ones_like(attention.query[0], dtype=torch.float32))
         gravity = ones[rows] @ ones.T / ones.shape[-1] ** 0.5
         received = (attention.rows(rows) / gravity).mean(1)

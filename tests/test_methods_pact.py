@@ -39,8 +39,9 @@ def turned(*degrees: float) -> list[list[float]]:
 def test_the_global_query_ranks_together_with_the_norm():
     """The mean query of the tokens up to the last visual one is (1, 0): it must not see the last text token."""
     query, key = [[2.0, 0], [1, 0], [0, 0], [100, 100]], [[0.0, 0], [math.log(3) * 2**0.5, 0], [0, 5], [9, 9]]
-    one = step(1, 2, 1, 4, hidden=torch.tensor([[0.0, 0], [3, 4], [0, 10], [0, 0]]).double())
-    score = methods.build("pact").score(one, attention(query, key))
+    hidden = torch.tensor([[0.0, 0], [3, 4], [0, 10], [0, 0]]).double()
+    one = step(1, 2, 1, 4, hidden=hidden, upcoming=lambda: attention(query, key))
+    score = methods.build("pact").score(one)
     torch.testing.assert_close(score, torch.tensor([5 * 3 / 5, 10 * 1 / 5]).double())
 
 

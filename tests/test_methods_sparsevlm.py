@@ -130,7 +130,7 @@ def gravity(distance: int, theta: float = 1e4) -> float:
     """A uniform row over what version 2.0 makes of it, at this distance."""
     n = distance + 2
     one = step(0, n - 1, 1, 3, seen={2: llama(n, theta)}, embeddings=torch.ones(n, 1))
-    return float(1 / n / build(version="2.0")._corrected(one, 2, torch.tensor([n - 1]))[0, n - 1 - distance])
+    return float(1 / n / build(version="2.0")._corrected(one, torch.tensor([n - 1]))[0, n - 1 - distance])
 
 
 def test_gravity_falls_with_distance_and_changes_sign():
@@ -145,8 +145,8 @@ def test_version_two_listens_to_the_heads_that_look_at_the_image():
         [[[0.5, 0.1, 0.1, 0.1, 0.1, 0.1]], [[0, 0.1, 0.2, 0.6, 0, 0.1]], [[0, 0.5, 0.1, 0.1, 0.1, 0.2]]]
     ).double()
     one = step(1, 4, 1, 3, seen={2: attention}, embeddings=torch.ones(6, 1))
-    assert len(build(version="2.0", heads=14)._corrected(one, 2, torch.tensor([5]))) == 3
-    received = build(version="2.0", heads=2)._corrected(one, 2, torch.tensor([5]))
+    assert len(build(version="2.0", heads=14)._corrected(one, torch.tensor([5]))) == 3
+    received = build(version="2.0", heads=2)._corrected(one, torch.tensor([5]))
     assert (received[0] != 0).sum() == 4 and (received[1] != 0).sum() == 5  # heads 1 and 2
     assert build(version="2.0", heads=1, keep=64 / 576).reduce(one).keep.tolist() in ([0, 3, 5], [0, 1, 5])
 
