@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-NUMBER = 400
+NUMBER = 300
 """Questions per skill behind each figure of the card."""
 
 Figures = dict[str, dict[str, dict[str, float]]]
@@ -74,12 +74,13 @@ from the project's generator.
    the loss counts answers, and attributes in captions. The questions about an image share a sequence, but each sees
    the image and itself only, as in evaluation.
 4. Decoder again ({polish_steps} steps on fresh images, questions only, counting most of all).
+   Without it, the decoder counts by what the background patches know, and fails where only evidence is kept.
 
 **Trained on thinned images.** In many steps of stages 3 and 4 the decoder does not get the whole image: it gets all
 patches that hold things (in stage 3 now and then a random few of each thing's) and random background up to 48 or 24
-patches, at times with positions closed up. This is faster, and it makes the model more at ease with dropped tokens
-than one that always saw all of them; large models owe the same ease to their size. The last 12 % of the steps of each
-stage use whole images only. No step removes a whole thing.
+patches, at times (in stage 3) with positions closed up; in stage 4 also with no background at all. This is faster, and
+it makes the model more at ease with dropped tokens than one that always saw all of them; large models owe the same
+ease to their size. The last 12 % of stage 3 uses whole images only. No step removes a whole thing.
 
 Time on two CPU cores: {times}.
 

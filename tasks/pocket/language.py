@@ -140,13 +140,17 @@ class Course:
     captions: tuple[int, int]
     """Captions per image, in the first 35 % of the steps and after."""
     whole: float
-    """Share of the steps that show whole images before the last 12 %, which all do."""
+    """Share of the steps that show whole images, before the ``ending``."""
     thin: float
     """Share of the steps, ``whole`` included, that keep 48 patches or more; the others keep 24."""
     partial: float
     """Share of the thinned steps that keep some patches of a thing instead of all."""
     original: float
     """Share of the thinned steps in which every token keeps its position."""
+    bare: float = 0.0
+    """Share of the steps with 24 patches in which even the background among them is hidden."""
+    ending: float = 0.88
+    """Part of the steps after which all images are whole."""
 
 
 def batch(writer: Writer, pool: Pool, step: int, course: Course, seed: int) -> tuple[Pack, Tensor]:
@@ -154,9 +158,10 @@ def batch(writer: Writer, pool: Pool, step: int, course: Course, seed: int) -> t
     rng = np.random.default_rng([seed, 5, step])
     chosen = rng.integers(len(pool.scenes), size=course.size)
     part, lot = step / course.steps, rng.random()
-    keep = TOKENS if part > 0.88 or lot < course.whole else (48 if lot < course.thin else 24)
+    keep = TOKENS if part > course.ending or lot < course.whole else (48 if lot < course.thin else 24)
     partial = keep < TOKENS and rng.random() < course.partial
     original = keep == TOKENS or rng.random() < course.original
+    bare = keep == 24 and course.bare > 0 and rng.random() < course.bare
     captions = course.captions[0] if part < 0.35 else course.captions[1]
     rows, kept = [], []
     for i in chosen.tolist():
@@ -165,7 +170,10 @@ def batch(writer: Writer, pool: Pool, step: int, course: Course, seed: int) -> t
         asked = ask_some(scene, rng, 11 - captions, course.weights)
         rows.append(blocks + [writer.question(q) for q in asked])
         kept.append(thin(scene, rng, keep, partial) if keep < TOKENS else np.arange(TOKENS))
-    return writer.pack(rows, np.stack(kept), original), pool.features[chosen].float()
+    hidden = None
+    if bare:
+        hidden = np.stack([~np.isin(k, held(pool.scenes[i])) for i, k in zip(chosen.tolist(), kept, strict=True)])
+    return writer.pack(rows, np.stack(kept), original, hidden), pool.features[chosen].float()
 
 
 def teach(

@@ -73,8 +73,14 @@ class Writer:
                     ids, counted = ids + piece, counted + [name != first] * len(piece)
         return [*ids, self.end], [*counted, False]
 
-    def pack(self, rows: Sequence[Sequence[Block]], kept: np.ndarray, original: bool = True) -> Pack:
-        """Join the blocks of each row behind its image; ``original`` keeps the positions that patches had."""
+    def pack(
+        self, rows: Sequence[Sequence[Block]], kept: np.ndarray, original: bool = True, hidden: np.ndarray | None = None
+    ) -> Pack:
+        """Join the blocks of each row behind its image.
+
+        ``kept`` (n, k) are the patches kept and ``original`` lets them keep their positions; of them, those marked in
+        ``hidden`` (n, k) are there but seen by no other token.
+        """
         n, k = kept.shape
         head = [self.start, *self.encode("USER:"), *[self.image] * k, *self.encode("\n")]
         after = BEFORE + (TOKENS if original else k) + 1
@@ -84,6 +90,8 @@ class Writer:
         for r, row in enumerate(rows):
             at = len(head)
             ids[r, :at], block[r, :at] = head, 0
+            if hidden is not None:
+                block[r, BEFORE : BEFORE + k][hidden[r]] = -1
             middle = BEFORE + kept[r] if original else BEFORE + np.arange(k)
             positions[r, :at] = [*range(BEFORE), *middle, after - 1]
             for number, (piece, counts) in enumerate(row, 1):

@@ -236,7 +236,8 @@ def _pair_position(scene: Scene, rng: np.random.Generator) -> Pair | None:
     if found is None:
         return None
     i, words, thing = found
-    form, right, options = f"Is the {words} in the {{}} of the image?", str(thing.quadrant), QUADRANTS
+    options: tuple[str, ...] = QUADRANTS
+    form, right = f"Is the {words} in the {{}} of the image?", str(thing.quadrant)
     if rng.random() < 0.5:
         form, right, options = (
             f"Is the {words} on the {{}} side of the image?",

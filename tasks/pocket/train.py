@@ -30,16 +30,16 @@ LANGUAGE = language.Course(
         "pair": 2.4,
     },
 )  # fmt: skip
-POLISH_POOL = 8192
+POLISH_POOL = 4096
 POLISH = language.Course(
-    "polish", steps=300, size=24, muon=1.5e-3, adam=1e-3, cooldown=0.8, captions=(0, 0), whole=0.4, thin=0.7,
-    partial=0.0, original=0.85,
+    "polish", steps=200, size=24, muon=1e-3, adam=6e-4, cooldown=1.0, captions=(0, 0), whole=0.35, thin=0.5,
+    partial=0.0, original=1.0, bare=0.8, ending=1.0,
     weights={
-        "shape": 0.6, "colour": 0.6, "existence": 2.0, "position": 1.2, "count": 5.0, "digit": 0.6, "choice": 2.0,
+        "shape": 0.5, "colour": 0.5, "existence": 1.5, "position": 1.5, "count": 4.0, "digit": 0.5, "choice": 2.5,
         "pair": 3.0,
     },
 )  # fmt: skip
-"""A last course on what is learned last, counting above all, with fresh images."""
+"""A last course with fresh images, on what is learned last (counting) and without any background in many steps."""
 
 
 class Journal:
