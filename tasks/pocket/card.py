@@ -26,13 +26,14 @@ pipeline_tag: image-text-to-text
 
 A LLaVA of {parameters:.2f} million parameters that answers by looking. It is a stock
 `LlavaForConditionalGeneration` (CLIP tower with a trained CLS token, two-layer projector, Llama decoder) with its own
-word-level tokenizer and a stock `LlavaProcessor`; `from_pretrained` loads it like any model of the hub. It exists so that methods that prune visual
-tokens can be run, tested and compared end to end on a CPU. It knows nothing but the pocket world of this project:
+word-level tokenizer and a stock `LlavaProcessor`; `from_pretrained` loads it like any model of the hub. It exists so
+that methods that prune visual tokens can be run, tested and compared end to end on a CPU. It knows nothing but the
+pocket world of this project:
 96 x 96 images with one to five small shapes and digits on a dark, noisy, irrelevant background.
 
 | Part | Dimensions |
 |---|---|
-| Vision tower | CLIP, {vision_layers} layers of {vision_width}, 8 x 8 patches (144 visual tokens), CLS; feature layer -2 |
+| Vision tower | CLIP, {vision_layers} layers of {vision_width}, 144 patches of 8 x 8 pixels and CLS; feature layer -2 |
 | Projector | two linear layers |
 | Decoder | Llama, {text_layers} layers of {text_width}, tied embeddings, {vocabulary} tokens |
 | Weights | float16 in the file; made for evaluation in float32 |
