@@ -129,7 +129,8 @@ def model(tokens: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision.config(), text_config=text, projector_hidden_act="gelu",
-        image_token_index=tokens.convert_tokens_to_ids("<image>"), vision_feature_layer=vision.FEATURE, vision_feature_select_strategy="default",
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=vision.FEATURE, vision_feature_select_strategy="default",
         image_seq_length=vision.TOKENS, tie_word_embeddings=True,
     )  # fmt: skip
     made = LlavaForConditionalGeneration(config)
