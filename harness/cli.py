@@ -74,6 +74,12 @@ def parser(command: str = "") -> argparse.ArgumentParser:
     add("--model", default="pocket-llava", help="a name of `pruneval list models`, or a folder (default: %(default)s)")
     add("--method", required=True, help="a name of `pruneval list methods`")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated")
+    add("--preset", metavar="P", help="a published setting of the method, as llava-1.5-7b@192; --set goes over it")
+    add(
+        "--budget",
+        metavar="CURRENCY=VALUE",
+        help="solve the method's knob for avg_in=128, or kept_after, final, tflops, kv_bytes",
+    )
     where = run.add_mutually_exclusive_group()
     where.add_argument("--suite", help="a name of `pruneval list suites` (default: pocket)")
     where.add_argument("--benchmark", action="append", metavar="B", help="of `list benchmarks`; may be repeated")
@@ -81,6 +87,12 @@ def parser(command: str = "") -> argparse.ArgumentParser:
     add("--batch-size", type=_whole("--batch-size"), default=8, metavar="B", help="changes no answer (default: 8)")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", help="float32, float16, bfloat16 (default: float32 on a CPU, else the model's own)")
+    add(
+        "--num-beams",
+        type=_whole("--num-beams"),
+        metavar="N",
+        help="beam search (default: as the benchmark's task says)",
+    )
     add("--kernel", help="attention: sdpa, eager, flash_attention_2 (default: sdpa)")
     add("--seed", type=_whole("--seed", 0), default=0, metavar="S", help="of methods that draw at random (default: 0)")
 
@@ -159,36 +171,32 @@ def _log(out: Path) -> str:
     return str(path)
 
 
-def parameters(pairs: Sequence[str]) -> dict[str, str]:
-    """`["keep=0.5"]` as a dictionary; types are the method's business. Raises: UserError."""
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UserError(f"--set takes NAME=VALUE, not {pair!r}")
-        if name in found:
-            raise UserError(f"--set {name} was given twice")
-        found[name] = value
-    return found
-
-
 def _eval(args: argparse.Namespace) -> int:
-    from pruneval.harness import models, run
+    from pruneval.harness import budgets, dimensions, models, run
     from pruneval.tasks import benchmark, suite
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     names = list(dict.fromkeys(args.benchmark or suite(args.suite or "pocket")))
     for name in names:
         benchmark(name)
-    built = [run.build_method(args.method, parameters(args.set))]
-    if args.method != "vanilla":
-        built.insert(0, run.build_method("vanilla"))
+    given = budgets.parameters(args.set)
+    if args.budget is None:  # nothing about the model is needed to refuse a parameter
+        run.build_method(args.method, budgets.choose(args.method, args.preset, given, None, ""))
     models.check_options(args.device, args.dtype, args.kernel)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder")
     located = models.locate(args.model)
     device, dtype, kernel = models.resolve(located.entry, args.device, args.dtype, args.kernel)
-    cells = run.expand(located, built, names, limit=args.limit, seed=args.seed, dtype=dtype, kernel=kernel)
+    source = (
+        str(located.folder) if located.folder and located.entry.name not in dimensions.names() else located.entry.name
+    )
+    chosen = budgets.choose(args.method, args.preset, given, args.budget, source)
+    built = [run.build_method(args.method, chosen)]
+    if args.method != "vanilla":
+        built.insert(0, run.build_method("vanilla"))
+    cells = run.expand(
+        located, built, names, limit=args.limit, seed=args.seed, dtype=dtype, kernel=kernel, num_beams=args.num_beams
+    )
     records, missed = run.run_cells(
         cells, args.out, lambda: models.load(located, device, dtype, kernel), batch_size=args.batch_size
     )

@@ -33,6 +33,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     batch_size: int = 8,
+    num_beams: int | None = None,
     journal: Journal | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
@@ -43,6 +44,7 @@ def evaluate(
         method: a `Method`, or None for the bare model.
         limit: the first so many questions; rows that are scored together (MME's pairs) stay together.
         batch_size: samples per `generate`.
+        num_beams: beams of the search, or None for what the task says.
         journal: where answers go after every batch; answers already there are not generated again.
         on_progress: called as (done, total).
 
@@ -58,7 +60,9 @@ def evaluate(
 
         from pruneval.harness.lmms_model import PrunevalModel
 
-        lm = PrunevalModel(loaded, method, batch_size, seed, journal=journal, on_progress=on_progress)
+        lm = PrunevalModel(
+            loaded, method, batch_size, seed, num_beams=num_beams, journal=journal, on_progress=on_progress
+        )
         with tempfile.TemporaryDirectory(prefix="pruneval-") as folder:
             try:
                 results = simple_evaluate(

@@ -65,6 +65,7 @@ class PrunevalModel(lmms):
         seed: of the session's randomness.
         device, dtype, kernel: used when `pretrained` is loaded here.
         max_new_tokens: for tasks that set none.
+        num_beams: beams of the search; None leaves it to the task.
         journal: answers already there are not generated again; new ones are appended after every batch.
         on_progress: called as (done, total) after every batch.
         params: the method's parameters, when `method` is a name.
@@ -82,7 +83,8 @@ class PrunevalModel(lmms):
         dtype: str | None = None,
         kernel: str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
-        max_batch_size: int | None = None,  # noqa: ARG002  lmms-eval's command line passes it
+        num_beams: int | None = None,
+        max_batch_size: int | None = None,
         journal: Journal | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         **params: Any,
@@ -103,6 +105,7 @@ class PrunevalModel(lmms):
         self.batch_size = _positive(batch_size)
         self.seed = int(seed)
         self.max_new_tokens = int(max_new_tokens)
+        self.num_beams = int(num_beams) if num_beams else None
         self.journal = journal
         self.on_progress = on_progress or (lambda done, total: None)
         self.rows: dict[str, dict[str, Any]] = {}
@@ -185,6 +188,7 @@ class PrunevalModel(lmms):
             session.sample_keys = [request.key for request in batch]
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         arguments = generation_arguments(batch[0].options, self.max_new_tokens)
+        arguments["num_beams"] = self.num_beams or arguments["num_beams"]
         if self.loaded.model.generation_config.eos_token_id is None:
             arguments["eos_token_id"] = tokenizer.eos_token_id
         with torch.inference_mode():

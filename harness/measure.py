@@ -53,7 +53,7 @@ def implied(
         `model`, `method`, `params`, `signature`, what `cost` returns, `unpruned_tflops` and `lengths_from`.
     """
     conventions.convention(convention)
-    dimensions = _dimensions(model)
+    dimensions = dimensions_for(model)
     built = _build(method, params)
     whole = lengths_of(
         dimensions, tiles=tiles, frames=frames, visual=visual_tokens, text=text_tokens, new_tokens=new_tokens
@@ -131,7 +131,7 @@ def cost(
     }
 
 
-def _dimensions(model: str) -> Dimensions:
+def dimensions_for(model: str) -> Dimensions:
     """Shipped facts, or those of a model in a folder; only the latter needs transformers."""
     if not Path(model, "config.json").is_file():
         return load(model)
@@ -155,6 +155,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", default="vanilla", help="a method of `pruneval list methods`")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated"
+    )
+    parser.add_argument("--preset", metavar="P", help="a published setting of the method, as llava-1.5-7b@192")
+    parser.add_argument(
+        "--budget",
+        metavar="CURRENCY=VALUE",
+        help="solve the method's knob for it: avg_in=128, or kept_after, final, tflops, kv_bytes",
     )
     parser.add_argument("--implied", action="store_true", help="compute from dimensions; needs no weights")
     parser.add_argument(
@@ -186,10 +192,12 @@ def main(args: argparse.Namespace) -> int:
         raise UserError("only implied cost can be measured without a device; pass --implied")
     if not args.model:
         raise UserError("say which model: --model NAME")
+    from pruneval.harness import budgets  # it prices with this module
+
     found = implied(
         args.model,
         args.method,
-        _params(args.set),
+        budgets.choose(args.method, args.preset, budgets.parameters(args.set), args.budget, args.model),
         convention=args.convention,
         tiles=args.tiles,
         frames=args.frames,
@@ -199,14 +207,6 @@ def main(args: argparse.Namespace) -> int:
     )
     print(json.dumps(found, indent=1) if args.json else to_text(found))
     return 0
-
-
-def _params(pairs: list[str]) -> dict[str, str]:
-    """`["keep=0.5"]` as a dictionary; types are the method's business."""
-    for pair in pairs:
-        if "=" not in pair:
-            raise UserError(f"--set takes NAME=VALUE, not {pair!r}")
-    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def to_text(found: Mapping[str, Any]) -> str:

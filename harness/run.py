@@ -61,6 +61,7 @@ def expand(
     seed: int = 0,
     dtype: str = "float32",
     kernel: str = "sdpa",
+    num_beams: int | None = None,
 ) -> list[Cell]:
     """One cell per method and benchmark, benchmarks outermost."""
     cells = []
@@ -81,6 +82,7 @@ def expand(
                 seed=seed,
                 dtype=dtype,
                 kernel=kernel,
+                num_beams=num_beams,
                 positions=method.position_ids,
                 prompt_key="pruneval",
                 version=code_version(),
@@ -116,6 +118,7 @@ def run_cells(
         show: where progress goes.
     """
     show = show or progress()
+    evaluate = evaluate or _evaluate
     loaded: models.LoadedModel | None = None
     records, missed = [], []
     cells = list(cells)
@@ -132,8 +135,6 @@ def run_cells(
                 if loaded is None:
                     show.say(f"loading {cell.spec.model} and lmms-eval")
                     loaded = load()
-                if evaluate is None:
-                    from pruneval.harness.evaluate import evaluate
                 records.append(_run(cell, folder, loaded, batch_size, evaluate, show, title))
         except UserError as error:
             if loaded is None:
@@ -141,6 +142,12 @@ def run_cells(
             show.say(f"{title}: not run: {error}")
             missed.append(NotRun(cell.spec, str(error)))
     return records, missed
+
+
+def _evaluate(*args: Any, **options: Any) -> Any:
+    from pruneval.harness.evaluate import evaluate
+
+    return evaluate(*args, **options)
 
 
 def _finished(folder: Path, show: Progress) -> RunRecord | None:
@@ -180,6 +187,7 @@ def _run(
                 limit=cell.spec.limit,
                 seed=cell.spec.seed,
                 batch_size=batch_size,
+                num_beams=cell.spec.num_beams,
                 journal=journal,
                 on_progress=tell,
             )

@@ -49,6 +49,8 @@ class RunSpec:
     seed: int
     dtype: str
     kernel: str
+    num_beams: int | None = None
+    """Beams of the search; None leaves it to the benchmark's task."""
     positions: str
     """Position ids after a reduction: "original" or "compact"."""
     prompt_key: str
@@ -77,6 +79,8 @@ class RunSpec:
         """
         parts = ["pruneval", self.method_signature, f"{self.model}@{self.revision[:8]}", f"pos:{self.positions}"]
         parts.append(f"kernel:{self.kernel}")
+        if self.num_beams is not None:
+            parts.append(f"beams:{self.num_beams}")
         if self.dtype != "float32":
             parts.append(f"dtype:{self.dtype}")
         if self.limit is not None:

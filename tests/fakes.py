@@ -52,7 +52,7 @@ class Evaluation:
 
     def __call__(
         self, loaded: Any, method: Any, benchmark: Any, *, limit: int | None, seed: int, batch_size: int, journal: Any,
-        on_progress: Callable[[int, int], None],
+        on_progress: Callable[[int, int], None], **options: Any,
     ) -> Any:  # fmt: skip
         known = journal.answers()
         for start in range(0, self.total, 4):

@@ -245,3 +245,47 @@ def test_a_sample_that_cannot_be_answered_is_named_and_not_scored(capsys, monkey
     assert "FAILED at sample gqa/3" in err and "Traceback" not in err
     code, out, _ = call(capsys, *command, "--out", str(tmp_path))
     assert code == 0 and "failed" not in out
+
+
+# Presets and budgets
+
+
+@pytest.mark.parametrize(
+    "arguments, keep",
+    [
+        (["--budget", "avg_in=128"], 98),
+        (["--budget", "kept_after=64"], 64),
+        (["--budget", "tflops=5.468"], 288),
+        (["--set", "layer=3", "--budget", "avg_in=192"], 152),
+    ],
+)
+def test_a_budget_is_solved_for_the_knob(capsys, arguments, keep):
+    code, out, _ = call(
+        capsys, "measure", "--model", "llava-1.5-7b", "--method", "fastv", "--implied", "--json", *arguments
+    )
+    assert code == 0 and json.loads(out)["kept_after"] == keep
+
+
+def test_a_preset_is_a_published_setting_and_set_goes_over_it(capsys):
+    argv = ["measure", "--model", "llava-1.5-7b", "--method", "sparsevlm", "--preset", "llava-1.5-7b@192"]
+    code, out, _ = call(capsys, *argv, "--implied", "--json")
+    preset = methods.method_class("sparsevlm").presets["llava-1.5-7b@192"]
+    assert code == 0 and preset.items() <= json.loads(out)["params"].items()
+    code, out, _ = call(capsys, *argv, "--set", "keep=0.2", "--implied", "--json")
+    assert code == 0 and json.loads(out)["params"]["keep"] == 0.2
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--budget", "avg_in"], "--budget takes CURRENCY=VALUE"),
+        (["--budget", "avg=3"], "unknown currency 'avg'; did you mean 'avg_in'?"),
+        (["--budget", "avg_in=-1"], "must be a number above 0"),
+        (["--budget", "avg_in=32"], "can't be reached"),
+        (["--set", "keep=0.5", "--budget", "avg_in=128"], "keep is what is looked for"),
+        (["--preset", "llava-1.5-7b@192"], "fastv has no presets"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(capsys, arguments, words):
+    model = ["--model", "llava-1.5-7b"]
+    assert words in refused(capsys, "measure", *model, "--method", "fastv", "--implied", *arguments)

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from pruneval import methods
 from pruneval.harness import measure
 from pruneval.harness.conventions import CONVENTIONS
