@@ -1,8 +1,9 @@
 """Which benchmarks exist. Rows are data: `benchmarks.yaml` and `suites.yaml` beside this file.
 
 A row names a task of lmms-eval and where its questions come from; scoring is always lmms-eval's own. The `full` edition
-is the published benchmark; the `pocket` edition has the same columns, prompts and metrics on a small drawn world, so that
-the whole path can be run anywhere, offline, in seconds. Light on purpose: importing this needs PyYAML and nothing else.
+is the published benchmark; the `pocket` edition has the same columns, prompts and metrics on a small drawn world, so
+that the whole path can be run anywhere, offline, in seconds. Light on purpose: importing this needs PyYAML and nothing
+else.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def supported(family: str) -> list[str]:
     adapter, names = adapter_for(shared(family)), []
     for name in methods.names():
         reason = adapter.supports(methods.build(name))
-        assert reason is None or reason.startswith(name) and "\n" not in reason
+        assert reason is None or (reason.startswith(name) and "\n" not in reason)
         if reason is None and name != "vanilla":
             names.append(name)
     return names

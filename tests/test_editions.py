@@ -123,7 +123,7 @@ def test_mme_asks_pairs_and_any_first_part_has_every_category():
         assert (first["image"] == second["image"]).all()
         assert first["question"] != second["question"]
         assert first["question"].endswith(" Please answer yes or no.")
-    assert len(set(row["question_id"] for row in rows)) == len(rows) // 2
+    assert len({row["question_id"] for row in rows}) == len(rows) // 2
     assert len({row["category"] for row in rows[:12]}) == 6
     assert set(Counter(row["category"] for row in rows).values()) == {40}
 

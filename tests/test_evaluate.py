@@ -9,8 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 import tiny_llava
+
 from pruneval import tasks
 from pruneval.harness import evaluate as evaluation
 from pruneval.harness import lmms_model
@@ -241,7 +241,7 @@ def test_a_corrupt_image_fails_the_cell_and_is_named(broken: int, loaded, tmp_pa
 
 def test_data_that_cannot_be_loaded_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-    with pytest.raises(UserError, match="'mme': the data set 'lmms-lab-encoder/MME' could not be loaded .*HF_HOME"):
+    with pytest.raises(UserError, match=r"'mme': the data set 'lmms-lab-encoder/MME' could not be loaded .*HF_HOME"):
         build_task(tasks.benchmark("mme"))
 
 

@@ -8,6 +8,7 @@ import sys
 from importlib.resources import files
 
 import pytest
+
 from pruneval.harness.conventions import CONVENTIONS, convention
 from pruneval.harness.dimensions import load, names
 from pruneval.harness.errors import UserError
@@ -205,7 +206,7 @@ def test_nonsense_lengths_are_refused():
         lengths_of(load("llava-1.5-7b"), frames=8)
     with pytest.raises(UserError, match="not both"):
         lengths_of(load("internvl2-8b"), tiles=2, frames=8)
-    with pytest.raises(UserError, match="did you mean 'llava-1.5-7b'"):
+    with pytest.raises(UserError, match=r"did you mean 'llava-1.5-7b'"):
         load("llava-1.5-7")
     with pytest.raises(UserError, match="unknown convention"):
         convention("flops")

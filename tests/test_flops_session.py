@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
 from pruneval import methods
 from pruneval.harness.dimensions_config import dimensions_of
 from pruneval.harness.flops import ledger, lengths_of
 from pruneval.harness.kv_cache import kv_bytes
 from pruneval.harness.scoring import scoring, shape_of
 from pruneval.harness.session import pruned
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 IMAGE, BEFORE, AFTER = 250, 10, 11
 COUNTED = (

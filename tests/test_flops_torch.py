@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pruneval.harness.dimensions_config import dimensions_of
-from pruneval.harness.errors import UserError
-from pruneval.harness.flops import ledger, lengths_of
-from pruneval.harness.kv_cache import kv_bytes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
@@ -24,6 +20,11 @@ from transformers import (
     SiglipVisionConfig,
     VideoLlavaConfig,
 )
+
+from pruneval.harness.dimensions_config import dimensions_of
+from pruneval.harness.errors import UserError
+from pruneval.harness.flops import ledger, lengths_of
+from pruneval.harness.kv_cache import kv_bytes
 
 CLIP = {
     "hidden_size": 64,

@@ -6,10 +6,10 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import tiny_llava
 import torch
 from PIL import Image
 
-import tiny_llava
 from pruneval import methods, tasks
 from pruneval.harness import lmms_model, models
 from pruneval.harness.errors import UserError

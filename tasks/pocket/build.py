@@ -107,6 +107,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor() -> LlavaProcessor:
+    """The stock processor of the pocket model, with its own tokenizer."""
     side = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side)
     return LlavaProcessor(

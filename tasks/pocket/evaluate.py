@@ -31,6 +31,7 @@ SEED = 77
 
 @dataclass(frozen=True)
 class Item:
+    """A question about a scene."""
     scene: Scene
     question: Question
 
@@ -50,18 +51,22 @@ Keep = Callable[[Item, Tensor, np.random.Generator], np.ndarray]
 
 
 def everything(item: Item, attention: Tensor, rng: np.random.Generator) -> np.ndarray:
+    """Keeps every patch."""
     return np.arange(TOKENS)
 
 
 def evidence(item: Item, attention: Tensor, rng: np.random.Generator) -> np.ndarray:
+    """Keeps the patches that hold what the question is about."""
     return np.asarray(held(item.scene, item.question.evidence))
 
 
 def top(size: int) -> Keep:
+    """Keeps the `size` patches the CLS token attends to most."""
     return lambda item, attention, rng: np.sort(attention.topk(size).indices.numpy())
 
 
 def chance(size: int) -> Keep:
+    """Keeps `size` patches drawn at random."""
     return lambda item, attention, rng: np.sort(rng.permutation(TOKENS)[:size])
 
 
@@ -104,6 +109,7 @@ def items(skill: str, number: int, split: str = "test", seed: int = SEED) -> lis
 
 @torch.no_grad()
 def look(model: LlavaForConditionalGeneration, processor: LlavaProcessor, asked: Sequence[Item]) -> Sight:
+    """Runs the vision tower once over the images of the questions."""
     features, attention = [], []
     for first in range(0, len(asked), 32):
         images = [render(item.scene) for item in asked[first : first + 32]]
@@ -149,6 +155,7 @@ def answers(
 
 
 def accuracy(asked: Sequence[Item], said: Sequence[str]) -> float:
+    """Share of answers that are exactly right."""
     return float(np.mean([a == item.question.answer for item, a in zip(asked, said, strict=True)]))
 
 

@@ -1,4 +1,4 @@
-"""Many questions about one image in one sequence.
+r"""Many questions about one image in one sequence.
 
 A row is ``<s> USER : <image>...<image> \\n`` followed by blocks, each a question with its answer. A block attends to
 the image part and to itself only, and its positions start right after the image: for every block this is exactly the

@@ -19,14 +19,17 @@ def mme_field(question: Question) -> str:
 
 
 def mme(question: Question) -> str:
+    """MME's prompt."""
     return question.text + SHORT
 
 
 def pope(question: Question) -> str:
+    """POPE's prompt."""
     return question.text + SHORT
 
 
 def gqa(question: Question) -> str:
+    """GQA's prompt."""
     return question.text + SHORT
 
 

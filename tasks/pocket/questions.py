@@ -70,6 +70,7 @@ def name(kind: str) -> str:
 
 
 def phrase(kind: str, colour: str | None = None) -> str:
+    """How a thing is called in a question: with its colour, if given."""
     return f"{colour} {name(kind)}" if colour else name(kind)
 
 

@@ -115,6 +115,7 @@ def finish(out: Path, journal: Journal) -> None:
 
 
 def main() -> None:
+    """Train, evaluate and save, from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=MODEL, help="folder for the weights and the model card")
     parser.add_argument("--work", type=Path, default=None, help="folder for checkpoints (default: OUT/../.OUT-work)")

@@ -31,6 +31,7 @@ FEATURE = -2
 
 
 def config() -> CLIPVisionConfig:
+    """The tower's dimensions."""
     return CLIPVisionConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, image_size=SIZE,
         patch_size=PATCH, projection_dim=128,
