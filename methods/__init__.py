@@ -80,7 +80,7 @@ def _parse(method: str, key: str, kind: str, value: Any) -> Any:
                 return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
             return bool(value)
         if kind == "int":
-            if isinstance(value, bool) or isinstance(value, float) and not value.is_integer():
+            if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
                 raise ValueError
             return int(value)
         if kind == "float":

@@ -105,7 +105,7 @@ def test_cache_lengths_follow_the_trace(name):
         for inputs in (SAMPLES[0], tiny.batch(*SAMPLES)):
             cache = generate(model, inputs).past_key_values
             lengths = [layer.keys.shape[-2] for layer in cache.layers]
-            assert lengths == [session.trace.entering(layer).width + NEW - 1 for layer in range(4)]
+            assert lengths == [session.trace.stored(layer).width + NEW - 1 for layer in range(4)]
 
 
 @pytest.mark.parametrize("keep", [0.03, 0.25, 0.4, 0.9, 1.0])
@@ -339,7 +339,7 @@ def test_random_choice_depends_on_names_and_seeds_only():
         return [tokens.origin.tolist() for tokens in session.trace.entering(0).samples]
 
     state = torch.get_rng_state()
-    a, b, c = chosen(SAMPLES, ["a", "b", "c"])
+    a, _, c = chosen(SAMPLES, ["a", "b", "c"])
     assert chosen([SAMPLES[2], SAMPLES[0]], ["c", "a"]) == [c, a]
     assert chosen([SAMPLES[0]], None) == chosen([SAMPLES[0]], None)
     assert chosen([SAMPLES[0]], ["other"]) != [a]
@@ -350,9 +350,10 @@ def test_random_choice_depends_on_names_and_seeds_only():
 
 def test_wrong_number_of_sample_keys_is_refused():
     model = tiny.shared()
-    with pruned(model, build("random")) as session, pytest.raises(UserError, match="names 2 samples, the batch has 3"):
+    with pruned(model, build("random")) as session:
         session.sample_keys = ["a", "b"]
-        model(**tiny.batch(*SAMPLES))
+        with pytest.raises(UserError, match="names 2 samples, the batch has 3"):
+            model(**tiny.batch(*SAMPLES))
 
 
 # No trace afterwards

@@ -25,7 +25,10 @@ ADAPTERS = {  # config.model_type: module and class
 
 
 def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
-    """The adapter of a stock transformers model, by its config's `model_type`. Raises: UserError when the family is unknown."""
+    """The adapter of a stock transformers model, by its config's `model_type`.
+
+    Raises: UserError when the family is unknown.
+    """
     kind = model.config.model_type
     if kind not in ADAPTERS:
         raise unknown("model family", kind, ADAPTERS)

@@ -1,4 +1,7 @@
-"""What the engine has to know about a model family: where things are, and how the vision tower's view maps to the prompt's visual tokens."""
+"""What the engine has to know about a model family.
+
+That is where things are, and how the vision tower's view maps to the prompt's visual tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ class Encoding:
     Attributes:
         kind: "image" or "video", which says whose placeholders the features fill.
         arguments: what the inner model's encoding function was called with, by parameter name.
-        lengths: features of each item (image, video or frame, as the family counts), in the order in which they fill placeholders.
+        lengths: features of each item (image, video or frame, as the family counts), in the order in which they fill
+            placeholders.
         calls: recorded attention calls (`pruneval.harness.attention.Call`), by encoder layer.
         hidden: outputs of the encoder layers asked for, by layer.
     """
@@ -34,10 +38,13 @@ class Encoding:
 
 
 class Adapter(ABC):
-    """One model family, by its stock transformers class. A subclass names modules and token ids and holds no state but the model.
+    """One model family, by its stock transformers class.
+
+    A subclass names modules and token ids and holds no state but the model.
 
     The defaults fit transformers' composition `model.model.{vision_tower, multi_modal_projector, language_model}`.
-    `whole_items` says whether `Encoding.lengths` counts whole images and videos, whose placeholders may stand side by side.
+    `whole_items` says whether `Encoding.lengths` counts whole images and videos, whose placeholders may stand side by
+    side.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -85,7 +92,9 @@ class Adapter(ABC):
         """(B, S) which tokens of a prompt are placeholders of visual features."""
         return input_ids == self.config.image_token_id
 
-    def attach(self, layouts: Callable[[], tuple[Layout, Layout] | None], stack: ExitStack) -> None:
+    def attach(  # noqa: B027  most families have nothing to fit
+        self, layouts: Callable[[], tuple[Layout, Layout] | None], stack: ExitStack
+    ) -> None:
         """Fits to a reduced stream what a family's text model does between its layers; most do nothing there.
 
         Args:
@@ -130,7 +139,8 @@ class Adapter(ABC):
 
         Args:
             placeholders: (N,) ids of the visual tokens of each sample, in prompt order.
-            encodings: the runs of the vision tower for this batch; those of a kind fill its placeholders sample by sample.
+            encodings: the runs of the vision tower for this batch; those of a kind fill its placeholders sample by
+                sample.
         """
 
     def kind(self, placeholder: int) -> str:
