@@ -5,6 +5,7 @@ A cache keeps the order of its tokens. Prompt tokens stand left-padded before th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,15 +27,19 @@ class Decoding:
         generated: tokens read after the prompt.
     """
 
-    def __init__(self, run: Prefill, layers: tuple[int, ...]) -> None:
+    def __init__(self, run: Prefill, layers: tuple[int, ...], selecting: tuple[int, ...] = ()) -> None:
         """
         Args:
             run: the prompt, already read.
             layers: the decoder layers whose caches may shrink.
+            selecting: the decoder layers before which the method says what is attended to.
         """
-        self.run, self.layers = run, layers
+        self.run, self.layers, self.selecting = run, layers, selecting
         self.generated = 0
-        self.memory: list[dict[int, dict[str, Any]]] = [{layer: {} for layer in layers} for _ in run.memory]
+        self.memory: list[dict[int, dict[str, Any]]] = [
+            {layer: {} for layer in (*layers, *selecting)} for _ in run.memory
+        ]
+        self._unseen: list[Tensor] = []  # origins of each sample's tokens that this step does not attend to
         cache = run.cache
         if cache is not None and len(run.memory) > 1:
             reorder = cache.reorder_cache
@@ -45,6 +50,17 @@ class Decoding:
 
             cache.reorder_cache = follow
 
+    def follow(self, layout: Layout, layers: Iterable[int]) -> None:
+        """Lets the caches of `layers` hold, of every sample, only the tokens of a later layout."""
+        for layer in layers:
+            stored = self.run.trace.stored(layer)
+            kept = [
+                torch.isin(tokens.origin, later.origin).nonzero().squeeze(-1)
+                for tokens, later in zip(stored.samples, layout.samples, strict=True)
+            ]
+            if any(len(keep) < len(tokens) for keep, tokens in zip(kept, stored.samples, strict=True)):
+                self._evict(layer, kept, stored)
+
     def stepped(self, calls: dict[Any, list[Call]]) -> None:
         """Takes in one decode step.
 
@@ -54,6 +70,8 @@ class Decoding:
         Raises:
             RuntimeError: when a cache is not as long as the trace says.
         """
+        if not self.layers:
+            return
         self.generated += calls["text", self.layers[0]][-1].query.shape[2]
         for layer in self.layers:
             call, stored = calls["text", layer][-1], self.run.trace.stored(layer)
@@ -65,6 +83,42 @@ class Decoding:
             kept = [self._kept(layer, row, tokens, call, stored) for row, tokens in enumerate(stored.samples)]
             if any(len(keep) < len(tokens) for keep, tokens in zip(kept, stored.samples, strict=True)):
                 self._evict(layer, kept, stored)
+
+    def attended(self, layer: int, calls: dict[Any, list[Call]]) -> Tensor | None:
+        """(B, width) which prompt tokens of the layer's cache this decode step attends to; None when all.
+
+        Args:
+            layer: the layer that comes next.
+            calls: the attention calls of the step so far, by ("text", layer).
+        """
+        trace = self.run.trace
+        if layer == 0:
+            self._unseen = []
+        if layer in self.selecting:
+            self._unseen = self._select(layer, calls["text", layer - 1][-1])
+        if not any(map(len, self._unseen)):
+            return None
+        stored = trace.stored(layer)
+        if layer not in self.run.streams:
+            self._stream(layer, stored, None)
+        out = torch.ones(trace.batch, stored.width, dtype=torch.bool, device=self._unseen[0].device)
+        for row, (tokens, unseen) in enumerate(zip(stored.samples, self._unseen, strict=True)):
+            out[row, stored.width - len(tokens) :] = ~torch.isin(tokens.origin, unseen)
+        return out
+
+    def _select(self, layer: int, call: Call) -> list[Tensor]:
+        stored, out = self.run.trace.stored(layer - 1), []
+        for row, tokens in enumerate(stored.samples):
+            visual = tokens.visual.nonzero().squeeze(-1)
+            chosen = None
+            if len(visual):
+                chosen = self.run.session.method.select(self._step(layer, layer - 1, row, call, stored))
+            unseen = torch.zeros_like(tokens.visual)
+            if chosen is not None:
+                unseen[visual] = True
+                unseen[visual[chosen.to(visual.device)]] = False
+            out.append(tokens.origin[unseen])
+        return out
 
     def reorder(self, beams: list[int]) -> None:
         """Lets every row continue another one, as beam search does."""
@@ -83,18 +137,8 @@ class Decoding:
         everything = torch.arange(len(tokens), device=visual.device)
         if not len(visual):
             return everything
-        start = stored.width - len(tokens)
-        weight = tokens.weight
-        if weight is not None:
-            weight = torch.nn.functional.pad(weight, (0, self.generated), value=1)
-        attention = HeadAttention(
-            call.query[row], call.key[row, :, start:], call.value[row, :, start:], call.scaling, True, weight=weight
-        )
-        entered = int(self.run.trace.entering(layer).samples[row].visual.sum())
-        memory = self.memory[row][layer]
-        chosen = session.method.at_decode(
-            DecodeStep(layer, self.generated, attention, visual, entered, session.shape, memory)
-        )
+        step = self._step(layer, layer, row, call, stored)
+        chosen = session.method.at_decode(step)
         if chosen is None:
             return everything
         chosen = chosen.to(visual.device)
@@ -103,6 +147,21 @@ class Decoding:
         stays = ~tokens.visual
         stays[visual[chosen]] = True
         return everything[stays]
+
+    def _step(self, layer: int, seen: int, row: int, call: Call, stored: Layout) -> DecodeStep:
+        """What the method sees of one sample: the cache of layer `seen`, which made `call`."""
+        run, tokens = self.run, stored.samples[row]
+        start, generated = stored.width - len(tokens), call.key.shape[2] - stored.width
+        weight = tokens.weight
+        if weight is not None:
+            weight = torch.nn.functional.pad(weight, (0, generated), value=1)
+        attention = HeadAttention(
+            call.query[row], call.key[row, :, start:], call.value[row, :, start:], call.scaling, True, weight=weight
+        )
+        visual = tokens.visual.nonzero().squeeze(-1)
+        entered = int(run.trace.entering(seen).samples[row].visual.sum())
+        memory = self.memory[row][layer]
+        return DecodeStep(layer, generated, attention, visual, entered, run.session.shape, memory)
 
     def _evict(self, layer: int, kept: list[Tensor], stored: Layout) -> None:
         run = self.run

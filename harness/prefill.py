@@ -51,6 +51,7 @@ class Prefill:
             raise UserError("pruning needs a cache that grows: static and sliding-window caches are not supported")
         self.done = False
         self.decoding: Decoding | None = None
+        self.everywhere = 0  # boundary up to which caches lose what the last reduction there dropped
         self.streams: dict[int, Stream] = {}
         self.stream: Stream | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in range(ids.shape[0])]
@@ -94,8 +95,9 @@ class Prefill:
         ]
         if lengths != expected:
             raise RuntimeError(f"the trace says {expected} cached tokens per layer, the cache holds {lengths}")
-        if self.session.evicting:
-            self.decoding = Decoding(self, self.session.evicting)
+        if self.session.evicting or self.session.selecting or self.everywhere:
+            self.decoding = Decoding(self, self.session.evicting, self.session.selecting)
+            self.decoding.follow(self.trace.entering(self.everywhere), range(self.everywhere))
 
     def _start(self, hidden: Tensor, rotation: Any) -> None:
         position = self.session.rotary_position
@@ -122,10 +124,9 @@ class Prefill:
             torch.arange(len(tokens), device=hidden.device) if result is None else result.keep.to(hidden.device)
             for result, tokens in zip(results, before.samples, strict=True)
         ]
-        compact = self.session.method.position_ids == "compact"
-        samples = tuple(
-            self._after(row, tokens, keeps[row], results[row], compact) for row, tokens in enumerate(before.samples)
-        )
+        samples = tuple(self._after(row, tokens, keeps[row], results[row]) for row, tokens in enumerate(before.samples))
+        if any(result is not None and result.everywhere for result in results):
+            self.everywhere = index
         layout = Layout(index, samples)
         self.trace.layouts.append(layout)
         kernel = self.session.adapter.text_model.config._attn_implementation
@@ -136,7 +137,10 @@ class Prefill:
                 out[row, out.shape[1] - len(keeps[row]) + result.slots.to(out.device)] = result.values.to(out)
         return out
 
-    def _after(self, row: int, tokens: Tokens, keep: Tensor, result: Reduction | None, compact: bool) -> Tokens:
+    def _after(self, row: int, tokens: Tokens, keep: Tensor, result: Reduction | None) -> Tokens:
+        compact = self.session.method.position_ids == "compact"
+        if result is not None and result.compact is not None:
+            compact = result.compact
         origin, made = tokens.origin[keep], tokens.made[keep]
         if result is not None and result.slots is not None:
             slots = result.slots.to(made.device)
@@ -192,10 +196,15 @@ class Prefill:
             generator=lambda: session.generator(key, index),
             seen={layer: self._seen(layer, row) for layer in need.attention},
             vision=self._visions[row] if need.vision else None,
+            clips=self._clips(row) if need.frames else (),
             upcoming=(lambda: self._sampled(upcoming(), row, tokens, self.stream)) if need.next else None,
             memory=self.memory[row],
             final_norm=session.adapter.final_norm,
         )
+
+    def _clips(self, row: int) -> list[Tensor]:
+        visual = self.trace.prompt.samples[row].visual.nonzero().squeeze(-1)
+        return [visual[clip.to(visual.device)] for clip in self._visions[row].clips()]
 
     def _seen(self, layer: int, row: int) -> HeadAttention:
         """The attention of an earlier layer, over the tokens that entered it."""
@@ -256,17 +265,18 @@ class Prefill:
 
     def decode(self, index: int, hidden: Tensor, position: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """The changed arguments of decoder layer `index` at a decode step; None when nothing changes."""
-        self.session.recorder.on = self.decoding is not None
+        queries, attended = hidden.shape[1], None
+        self.session.recorder.on = self.decoding is not None and bool(self.session.evicting or self.session.selecting)
+        if self.decoding is not None and queries == 1:
+            attended = self.decoding.attended(index, self.session.recorder.calls)
         stream = self.streams.get(index)
         if stream is None:
             return None
-        queries = hidden.shape[1]
         keys = queries + kwargs["past_key_values"].layers[index].keys.shape[-2]
-        changed = {"attention_mask": stream.mask(queries, keys, hidden.dtype), "position_ids": None}
+        changed = {"attention_mask": stream.mask(queries, keys, hidden.dtype, attended), "position_ids": None}
         if stream.shift is not None:
             changed["position_embeddings"] = stream.decode_rotation(hidden, position)
         return changed
-
 
     def stepped(self) -> None:
         """Closes a decode step."""

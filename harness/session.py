@@ -77,6 +77,7 @@ class Session:
         self.needs = method.needs(self.shape)
         self.read = {index for need in self.needs.values() for index in need.attention}
         self.evicting = method.evicting(self.shape)
+        self.selecting = method.selecting(self.shape)
         self.recorder = Recorder()
         self.encoded: list[Encoding] = []
         self.vision_hidden: dict[int, Tensor] = {}
@@ -124,7 +125,8 @@ class Session:
                 }
             if need.next:
                 watched[("text", layer)] = self.adapter.attention(layer)
-        return watched | {("text", index): self.adapter.attention(index) for index in self.evicting}
+        decoding = {*self.evicting, *(index - 1 for index in self.selecting)}
+        return watched | {("text", index): self.adapter.attention(index) for index in decoding}
 
     def _wrap_encoder(self, name: str, stack: ExitStack) -> None:
         """Notes what goes through an encoding function of the inner model, and what the tower saw meanwhile."""

@@ -51,18 +51,21 @@ class Stream:
         self._decode: tuple[Any, Any] = (None, None)
         self._rotation: Rotation | None = None
 
-    def mask(self, queries: int, keys: int, dtype: torch.dtype) -> Any:
+    def mask(self, queries: int, keys: int, dtype: torch.dtype, attended: Tensor | None = None) -> Any:
         """The layer's attention mask for `queries` new tokens and `keys` cached and new ones, in the kernel's
-        form (None where it can be).
+        form (None where it can be). `attended` (B, width) says which of the stream's tokens are attended to at all.
         """
+        if attended is not None:
+            return self._build_mask(queries, keys, dtype, attended)
         if (queries, keys) not in self._masks:  # the layers of a stage share it
             self._masks = {(queries, keys): self._build_mask(queries, keys, dtype)}
         return self._masks[queries, keys]
 
-    def _build_mask(self, queries: int, keys: int, dtype: torch.dtype) -> Any:
+    def _build_mask(self, queries: int, keys: int, dtype: torch.dtype, attended: Tensor | None = None) -> Any:
         real = None
-        if self.padded:
-            real = torch.nn.functional.pad(self.real, (0, keys - self.real.shape[1]), value=True)
+        if self.padded or attended is not None:
+            real = self.real if attended is None else self.real & attended
+            real = torch.nn.functional.pad(real, (0, keys - real.shape[1]), value=True)
         mask = ALL_MASK_ATTENTION_FUNCTIONS[self.kernel if self.bias is None else "eager"](
             batch_size=len(self.layout.samples),
             q_length=queries,

@@ -29,6 +29,9 @@ METHODS = {  # name: class, in the module of the same name
     "sparsevlm": "SparseVLM",
     "pact": "Pact",
     "st3": "ST3",
+    "dycoke": "DyCoke",
+    "framefusion": "FrameFusion",
+    "prunevid": "PruneVid",
 }
 
 

@@ -109,6 +109,16 @@ class Method:
         """Which of the cached visual tokens, by number 0..v-1, stay in the layer's cache; None when all do."""
         return None
 
+    def selecting(self, shape: Shape) -> tuple[int, ...]:
+        """The decoder layers (from 1) before which `select` is called at every decode step of one token."""
+        return ()
+
+    def select(self, step: DecodeStep) -> Tensor | None:
+        """Which of the cached visual tokens of layer - 1, by number 0..v-1, the newest token attends to in layers from
+        `layer` on (until the next selection), in this step only; None when all. Caches keep everything.
+        """
+        return None
+
     def schedule(self, shape: Shape, n: int) -> list[int]:
         """Visual tokens that enter each decoder layer, of a prompt with one image of `n`.
 

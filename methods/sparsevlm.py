@@ -224,8 +224,12 @@ def raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
     return above if bool(above.any()) else torch.ones_like(above)
 
 
-def density_peaks(tokens: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+def density_peaks(
+    tokens: torch.Tensor, clusters: int, neighbours: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Clusters tokens (m, d) around `clusters` of them that are dense and far from denser ones.
+
+    Density is measured over the nearest `neighbours` tokens (default: as many as clusters), oneself included.
 
     Returns:
         The centres' indices (C,), best first, and the cluster of each token (m,).
@@ -233,7 +237,8 @@ def density_peaks(tokens: torch.Tensor, clusters: int) -> tuple[torch.Tensor, to
     wide = tokens.to(torch.promote_types(torch.float32, tokens.dtype))
     # without matrix products, so that the distances of a pair are the same number both ways
     distance = torch.cdist(wide, wide, compute_mode="donot_use_mm_for_euclid_dist") / wide.shape[-1] ** 0.5
-    density = (-distance.topk(clusters, largest=False).values.square().mean(-1)).exp()
+    nearest = min(neighbours or clusters, len(wide))
+    density = (-distance.topk(nearest, largest=False).values.square().mean(-1)).exp()
     order = torch.sort(density, descending=True, stable=True).indices
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)

@@ -60,11 +60,13 @@ class Needs:
         attention: decoder layers, all before the boundary, whose queries, keys and values it reads.
         next: whether it reads the attention that the layer at the boundary is about to compute.
         vision: vision-tower layers whose attention and output it reads.
+        frames: whether it reads how videos are made of frames (`Step.clips`).
     """
 
     attention: tuple[int, ...] = ()
     next: bool = False
     vision: tuple[int, ...] = ()
+    frames: bool = False
 
 
 class Attention(Protocol):
@@ -121,6 +123,12 @@ class Vision(Protocol):
     def hidden(self, layer: int) -> list[Tensor]:
         """Output of a vision layer, one (P or P + 1, d_v) per tile."""
 
+    def clips(self) -> list[Tensor]:
+        """(F, P) for each video, in prompt order: numbers 0..N-1 of the visual tokens at place p of frame f.
+
+        Tokens without a place in a frame (newlines, CLS) are in none, and images are no clips.
+        """
+
     def project(self, hidden: Tensor) -> Tensor:
         """(m, d_v) tower outputs through the projector: (m, d)."""
 
@@ -135,7 +143,8 @@ class Sheets(Vision, Protocol):
     """The view of a family that lays several tiles out as one grid of tokens, a *sheet*; see `Shape.sheets`.
 
     Sheets may be cut (padding) and resampled or pooled, and may have newline tokens, which no cell stands behind. Here
-    `to_tokens` also takes (tiles, P, k) and gives (N, k), and `grids` are those of the tiles before they are put together.
+    `to_tokens` also takes (tiles, P, k) and gives (N, k), and `grids` are those of the tiles before they are put
+    together.
     """
 
     def tile_of(self) -> Tensor:
@@ -148,7 +157,7 @@ class Sheets(Vision, Protocol):
         """(N,) which visual tokens are newlines."""
 
     def token_of(self) -> Tensor:
-        """(tiles, P) number of the visual token that is this cell, -1 where there is none: cut away, resampled or pooled."""
+        """(tiles, P) number of the visual token that is this cell, -1 where it was cut away, resampled or pooled."""
 
     def sheet_of(self) -> Tensor:
         """(N,) number of the sheet each visual token is in; a newline is in the sheet it belongs to."""
@@ -175,6 +184,7 @@ class Step:
         generator: gives a private random generator (CPU), the same for this sample in any batch.
         seen: attention of the decoder layers asked for, by layer.
         vision: the vision tower's view, if asked for.
+        clips: if asked for, (F, P) origins of the tokens of each video's frames, as `Vision.clips`; some may be gone.
         upcoming: what `next` calls.
         final_norm: the norm behind the last decoder layer, (..., d) -> (..., d).
         memory: what the method wants to remember until the next boundary of the same prompt.
@@ -191,6 +201,7 @@ class Step:
     generator: Callable[[], torch.Generator]
     seen: Mapping[int, Attention] = field(default_factory=dict)
     vision: Vision | None = None
+    clips: Sequence[Tensor] = ()
     upcoming: Callable[[], Attention] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     final_norm: Callable[[Tensor], Tensor] = lambda hidden: hidden
@@ -225,7 +236,7 @@ class DecodeStep:
     """One sample's cache of one decoder layer, after a generated token went through the layer. No padding.
 
     Attributes:
-        layer: the decoder layer.
+        layer: the decoder layer; for `Method.select` the one that comes next.
         generated: t, tokens read after the prompt.
         attention: that of the newest tokens, usually one: `rows(-1)` is (H, 1, n) over the n cached tokens.
         visual: (v,) places of the visual tokens in the cache, ascending.
@@ -255,6 +266,9 @@ class Reduction:
         added: (s,) which of them are tokens with an origin of their own: their index only lends kind and position.
         weights: (m,) how many tokens each counts as in the attention of all layers from here on, decoding included
             (log of it is added to the logits of its column); None leaves them as they are.
+        compact: whether this reduction renumbers positions, where it differs from the method's `position_ids`.
+        everywhere: whether the tokens that do not go on also leave the caches of earlier layers, once the prompt is
+            read. Text stays there as everywhere.
     """
 
     keep: Tensor
@@ -262,3 +276,5 @@ class Reduction:
     values: Tensor | None = None
     added: Tensor | None = None
     weights: Tensor | None = None
+    compact: bool | None = None
+    everywhere: bool = False

@@ -17,7 +17,8 @@ def params(method: str, keep: float, layers: int = 4) -> dict[str, Any]:
     """Parameters that bring a method to a budget: most by `keep`, calibrated ones by a recipe for this depth."""
     if method == "gsearch":
         return {"rates": ",".join([str(keep)] * len(range(2, layers, 3)))}
-    return {"keep": keep} | ({"recipe": str(RECIPE)} if method == "fitprune" else {})
+    extra = {"fitprune": {"recipe": str(RECIPE)}, "prunevid": {"layer": 1}}
+    return {"keep": keep} | extra.get(method, {})
 
 
 def llava(

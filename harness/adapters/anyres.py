@@ -212,7 +212,7 @@ class SheetView:
             items: the sample's images and videos, in prompt order.
             device: where indices go.
         """
-        self._device = device
+        self._device, self._items = device, items
         self._where = [tile for item in items for tile in item.where]
         self._sheets = [sheet for item in items for sheet in item.sheets]
         self.project, self.grid, self.has_cls = adapter.project, adapter.grid, adapter.has_cls
@@ -230,6 +230,16 @@ class SheetView:
     def hidden(self, layer: int) -> list[Tensor]:
         """Output of a vision layer, one (P or P + 1, d_v) per tile."""
         return [encoding.hidden[layer][row] for encoding, row in self._where]
+
+    def clips(self) -> list[Tensor]:
+        """(F, P) for each video; newlines are in none."""
+        clips, start = [], 0
+        for item in self._items:
+            if item.where[0][0].kind == "video":  # its newline comes last, if there is one
+                stop = start + item.tokens - (item.sheets[-1].newline == "end")
+                clips.append(torch.arange(start, stop).unflatten(0, (len(item.sheets), -1)))
+            start += item.tokens
+        return clips
 
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,) or (tiles, P, k) -> (N, k): put together, cut, resampled or pooled as the model does with

@@ -96,6 +96,17 @@ class TileView:
         """Output of a vision layer, one (P + 1, d_v) per tile."""
         return [encoding.hidden[layer][row] for encoding, row in self._where]
 
+    def clips(self) -> list[Tensor]:
+        """(F, P) for each row of two or more images of one tile, which is how a video's frames come to the model."""
+        clips, first = [], 0
+        for single, run in itertools.groupby(self.images, lambda tiles: tiles == 1):
+            tiles = list(run)
+            if single and len(tiles) > 1:
+                clips.append(torch.arange(first, first + len(tiles)))
+            first += sum(tiles)
+        per_tile = len(self.members)
+        return [clip[:, None] * per_tile + torch.arange(per_tile) for clip in clips]
+
     def blocks(self, cells: Tensor) -> Tensor:
         """(P, ...) of a tile's cells as (t, b, ...) of its tokens' blocks."""
         return cells[self.members.to(cells.device)]

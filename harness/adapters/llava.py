@@ -61,6 +61,10 @@ class TileView:
         """Output of a vision layer, one (P or P + 1, d_v) per tile."""
         return [encoding.hidden[layer][row] for encoding, row in self._where]
 
+    def clips(self) -> list[Tensor]:
+        """None: the family sees images only."""
+        return []
+
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,): cells and tokens are the same, in the same order."""
         return torch.cat([torch.as_tensor(part).reshape(-1) for part in cells])

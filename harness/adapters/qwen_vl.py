@@ -209,6 +209,7 @@ class GridView:
             adapter: the model's adapter.
             items: the sample's images and videos, in prompt order.
         """
+        self._items = items
         self._where = [(item.run, tile) for item in items for tile in item.tiles]
         self.project, self.merge = adapter.project, adapter.merge
         self.tiles, self.images = len(self._where), tuple(len(item.tiles) for item in items)
@@ -221,6 +222,15 @@ class GridView:
     def hidden(self, layer: int) -> list[Tensor]:
         """Output of a vision layer, one (P, d_v) per tile, four cells per token."""
         return [run.hidden(layer, tile) for run, tile in self._where]
+
+    def clips(self) -> list[Tensor]:
+        """(T, P) for each video of T temporal slices, each of which shows two frames."""
+        clips, start = [], 0
+        for item in self._items:
+            if item.run.encoding.kind == "video":
+                clips.append(torch.arange(start, start + item.tokens).unflatten(0, (len(item.tiles), -1)))
+            start += item.tokens
+        return clips
 
     def blocks(self, cells: Tensor) -> Tensor:
         """(P, ...) of a tile's cells as (t, 4, ...) of its tokens' blocks."""

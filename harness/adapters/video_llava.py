@@ -88,6 +88,7 @@ class FrameView:
             adapter: the model's adapter.
             items: the sample's images and videos, in prompt order; each the runs and rows of its tiles.
         """
+        self._items = items
         self._where = [tile for item in items for tile in item]
         self.project, self.grid = adapter.project, adapter.grid
         self.tiles, self.images = len(self._where), tuple(len(item) for item in items)
@@ -100,6 +101,18 @@ class FrameView:
     def hidden(self, layer: int) -> list[Tensor]:
         """Output of a vision layer, one (P + 1, d_v) per tile."""
         return [encoding.hidden[layer][row] for encoding, row in self._where]
+
+    def clips(self) -> list[Tensor]:
+        """(F, P) for each video; CLS tokens are in none."""
+        clips, start, cells = [], 0, self.grid[0] * self.grid[1]
+        for item in self._items:
+            frames = []
+            for encoding, row in item:
+                start += encoding.lengths[row]
+                frames.append(torch.arange(start - cells, start))
+            if item[0][0].kind == "video":
+                clips.append(torch.stack(frames))
+        return clips
 
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,): a frame's CLS token gets `fill`, cells stay as they are."""
