@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from pruneval.harness.errors import unknown
 
 FACTS = Path(__file__).with_name("dimensions.yaml")

@@ -154,7 +154,7 @@ def check_folder(folder: Path) -> str:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from None
     family = config.get("model_type") if isinstance(config, dict) else None
-    family = CONVERTED.get(family, family)
+    family = CONVERTED.get(str(family), family)
     if family not in families():
         raise UserError(f"{folder} holds a model of type {family!r}; supported: {', '.join(families())}")
     shards = ["model.safetensors"]
