@@ -176,6 +176,8 @@ def _eval(args: argparse.Namespace) -> int:
     from pruneval.tasks import benchmark, suite
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait make a small model many times slower on a machine that has other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     names = list(dict.fromkeys(args.benchmark or suite(args.suite or "pocket")))
     for name in names:
         benchmark(name)
