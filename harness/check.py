@@ -81,6 +81,7 @@ def _pair(family: str, name: str, given: tuple[tuple[str, str], ...]) -> list[An
     """The verdicts of one method on one family's tiny model (in a worker process)."""
     from pruneval.harness import conformance, subjects
 
+    given = given or subjects.PARAMS.get(name, ())
     return list(conformance.verdicts(conformance.Case(name, subjects.subject(family), given=given)))
 
 

@@ -186,6 +186,9 @@ def batch(*samples: Inputs, pad: int = PAD) -> Inputs:
 
 # Subjects
 
+PARAMS: dict[str, tuple[tuple[str, str], ...]] = {"gsearch": (("rates", "0.4"),), "prunevid": (("layer", "1"),)}
+"""What methods need on four decoder layers, where their defaults do not exist."""
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llava": _llava,
     "llava_next": _llava_next,

@@ -2,7 +2,7 @@
 
     python tests/bench_scoring.py [--tokens 4096 8192 16384] [--repeats 3]
 
-Both sides run the same narrow random LLaVA decoder (2 layers, 4 heads of 16) on one prompt of that many visual tokens
+Both sides run the same narrow random LLaVA decoder (2 layers, 2 heads of 32) on one prompt of that many visual tokens
 and rank them by the last prompt token's attention in layer 1 (FastV, K = 2). The old way needs eager attention, which
 materialises heads x n x n maps; ours runs on SDPA and computes one row. Each measurement is a process of its own, so
 that the peak resident memory is its own; the memory of the process before the forward pass is subtracted. Medians over
@@ -36,8 +36,8 @@ def model_of(tokens: int, kernel: str) -> Any:
             patch_size=14, projection_dim=16,
         ),
         text_config=hf.LlamaConfig(
-            vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=tokens + TEXT + 8, pad_token_id=0, bos_token_id=1,
+            vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=tokens + TEXT + 8, pad_token_id=0, bos_token_id=1,
             eos_token_id=2,
         ),
         image_token_id=63,
