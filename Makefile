@@ -22,6 +22,16 @@ eval: setup  ## compare METHOD=fastv with vanilla on MODEL=pocket-llava; also SU
 	@$(BIN)/pruneval eval --method '$(METHOD)' --model '$(MODEL)' $(if $(SUITE),--suite '$(SUITE)') \
 	  $(if $(KEEP),--set 'keep=$(KEEP)') $(if $(LIMIT),--limit '$(LIMIT)') $(ARGS)
 
+measure: setup  ## what METHOD= costs on MODEL=, from dimensions; also KEEP= ARGS=
+	@$(BIN)/pruneval measure --implied --method '$(METHOD)' $(if $(KEEP),--set 'keep=$(KEEP)') $(ARGS) \
+	  --model '$(if $(filter pocket-llava,$(MODEL)),tasks/pocket/models/pocket-llava,$(MODEL))'
+
+check: setup  ## prove the engine's promises for every method on every family
+	@$(BIN)/pruneval check --all
+
+bench: setup  ## time and memory of scoring: needed rows against full attention maps
+	@$(BIN)/python tests/bench_scoring.py
+
 report: setup  ## print every table of runs/
 	@$(BIN)/pruneval report
 
@@ -44,4 +54,4 @@ wheel-test: setup  ## the tests against the wheel, in an environment of its own
 	(cd .venv/lib/python3*/site-packages && pwd) > $$(echo .venv-wheel/lib/python3*/site-packages)/shared.pth
 	cd dist && PRUNEVAL_WHEEL=1 $(subst $(BIN),.venv-wheel/bin,$(PYTEST)) $(CURDIR)/tests
 
-.PHONY: help setup eval report pocket types test wheel-test
+.PHONY: help setup eval measure check bench report pocket types test wheel-test

@@ -15,7 +15,7 @@ def fetch(row: ModelEntry) -> Path:
 
     try:
         folder = Path(
-            snapshot_download(row.hub_id, revision=row.revision, allow_patterns=list(FILES), local_files_only=True)
+            snapshot_download(row.hub_id, revision=row.revision or None, allow_patterns=list(FILES), local_files_only=True)
         )
         if _complete(folder):
             return folder
@@ -24,7 +24,7 @@ def fetch(row: ModelEntry) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise UserError(_advice(row, "HF_HUB_OFFLINE is set"))
     try:
-        return Path(snapshot_download(row.hub_id, revision=row.revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(row.hub_id, revision=row.revision or None, allow_patterns=list(FILES)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserError(_advice(row, f"the hub could not be reached ({type(error).__name__})")) from error
 
@@ -40,6 +40,6 @@ def _complete(folder: Path) -> bool:
 def _advice(row: ModelEntry, why: str) -> str:
     return (
         f"model {row.name!r} is not on this machine and {why}; where there is a network run "
-        f"`hf download {row.hub_id} --revision {row.revision}`, or point at a copy with --model /path/to/folder or "
+        f"`hf download {row.hub_id}{f' --revision {row.revision}' if row.revision else ''}`, or point at a copy with --model /path/to/folder or "
         f"PRUNEVAL_MODELS=/folder/that/holds/{row.name}"
     )
