@@ -15,7 +15,9 @@ def fetch(row: ModelEntry) -> Path:
 
     try:
         folder = Path(
-            snapshot_download(row.hub_id, revision=row.revision or None, allow_patterns=list(FILES), local_files_only=True)
+            snapshot_download(
+                row.hub_id, revision=row.revision or None, allow_patterns=list(FILES), local_files_only=True
+            )
         )
         if _complete(folder):
             return folder
@@ -38,8 +40,9 @@ def _complete(folder: Path) -> bool:
 
 
 def _advice(row: ModelEntry, why: str) -> str:
+    pinned = f" --revision {row.revision}" if row.revision else ""
     return (
         f"model {row.name!r} is not on this machine and {why}; where there is a network run "
-        f"`hf download {row.hub_id}{f' --revision {row.revision}' if row.revision else ''}`, or point at a copy with --model /path/to/folder or "
+        f"`hf download {row.hub_id}{pinned}`, or point at a copy with --model /path/to/folder or "
         f"PRUNEVAL_MODELS=/folder/that/holds/{row.name}"
     )
