@@ -10,7 +10,7 @@ from pruneval.harness.models import FILES, ModelEntry, check_folder
 
 def fetch(row: ModelEntry) -> Path:
     """The folder of a registered hub model. Raises: UserError when it is neither here nor within reach."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, get_session, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -25,6 +25,10 @@ def fetch(row: ModelEntry) -> Path:
         pass
     if constants.HF_HUB_OFFLINE:
         raise UserError(_advice(row, "HF_HUB_OFFLINE is set"))
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # whatever its library raises; a download would first retry for half a minute
+        raise UserError(_advice(row, f"the hub could not be reached ({type(error).__name__})")) from error
     try:
         return Path(snapshot_download(row.hub_id, revision=row.revision or None, allow_patterns=list(FILES)))
     except (OSError, ValueError, HfHubHTTPError) as error:

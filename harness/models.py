@@ -132,7 +132,7 @@ def locate(name_or_path: str) -> Located:
 
     folder = hub.fetch(row)
     check_folder(folder)
-    return Located(row, folder, row.revision)
+    return Located(row, folder, row.revision or folder.name)  # the cache names a snapshot by its commit
 
 
 def _in_users_folder(row: ModelEntry) -> Path | None:

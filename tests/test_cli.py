@@ -125,6 +125,16 @@ def test_a_hub_model_that_is_out_of_reach_says_what_to_do(capsys, monkeypatch, t
         assert part in message
 
 
+def test_a_hub_that_does_not_answer_is_one_line_and_no_wait(capsys, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    message = refused(capsys, "eval", "--method", "fastv", "--model", "llava-1.5-13b")
+    assert "the hub could not be reached" in message and "hf download llava-hf/llava-1.5-13b-hf" in message
+
+
 def folder(base: Path, **files: str) -> Path:
     base.mkdir(parents=True)
     for name, text in files.items():
