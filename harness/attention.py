@@ -126,11 +126,12 @@ class Call:
         origin: Tensor | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
         weight: Tensor | None = None,
+        stop: int | None = None,
     ) -> HeadAttention:
-        """The attention of batch row `index` without its first `start` (padding) tokens; `rotation` is the batch's,
-        (B or 1, n, d_h) cos and sin.
+        """The attention of batch row `index` without the (padding) tokens before `start` and from `stop` on;
+        `rotation` is the batch's, (B or 1, n, d_h) cos and sin.
         """
-        part = (tensor[index, :, start:] for tensor in (self.query, self.key, self.value))
+        part = (tensor[index, :, start:stop] for tensor in (self.query, self.key, self.value))
         if rotation is not None:
             cos, sin = (table[index if len(table) > 1 else 0, start:] for table in rotation)
             rotation = (cos, sin)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,35 @@ def _counting(session: Session) -> Iterator[list[int]]:
             handle.remove()
 
 
+def tower_lengths(case: Case) -> None:
+    """Each layer of the vision tower runs once, on exactly the tokens the trace says."""
+    method = case.method()
+    entered: dict[int, list[int]] = {}
+
+    def note(index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        entered.setdefault(index, []).append(hidden.shape[-2])
+
+    with torch.no_grad(), pruned(case.model, method) as session, ExitStack() as stack:
+        if not method.encoding(session.shape):
+            raise NotApplicable("leaves the vision tower alone")
+        for tower in range(len(session.adapter.towers)):
+            for index in range(session.shape.vision_layers):
+                module = session.adapter.vision_attention(index, tower)
+                hook = functools.partial(note, index)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        case.model(**case.subject.samples[0])
+        tiles = session.trace.towers.get(0)
+        if tiles is None:
+            raise NotApplicable("keeps every token of the tower at this budget")
+        packed = entered[0] == [sum(tile[0] for tile in tiles)]
+    for index in range(session.shape.vision_layers):
+        lengths = [tile[index] for tile in tiles]
+        expected = [sum(lengths) if packed else max(lengths)]
+        if entered[index] != expected:
+            raise Broken(f"vision layer {index} ran on {entered[index]} tokens, the trace says {expected}")
+
+
 def cache_lengths(case: Case) -> None:
     """The KV length of each layer equals the trace, after prefill and after every decoded token."""
     inputs = case.subject.batch(*case.subject.samples)
@@ -216,6 +245,8 @@ def masking(case: Case) -> None:
             dropped = case.model(**sample).logits[:, -1]
         if any(bool(layout.samples[0].made.any()) for layout in session.trace.layouts):
             raise NotApplicable("makes tokens of its own, so there is nothing to mask")
+        if session.trace.towers:
+            raise NotApplicable("drops tokens inside the vision tower, where no mask of the language model reaches")
         length = len(session.trace.prompt.samples[0])
         if "visual_pos_masks" in session.adapter.__class__.__dict__:
             raise NotApplicable("the model adds visual features inside the decoder")
@@ -368,6 +399,7 @@ def fingerprint(model: nn.Module) -> list[Any]:
 CHECKS: dict[str, Callable[[Case], None]] = {
     "keep=1": keep_all,
     "once": layers_once,
+    "tower": tower_lengths,
     "cache": cache_lengths,
     "text": text_stays,
     "positions": positions,

@@ -83,7 +83,8 @@ class Eviction:
 class Trace:
     """The layouts of one prefill, in order of their boundaries; the first is the un-pruned prompt (boundary 0).
 
-    `evictions` lists what left the caches afterwards, while the answer was generated.
+    `evictions` lists what left the caches afterwards, while the answer was generated. `towers` says of samples whose
+    tokens were reduced within the vision tower how many (with CLS) entered each of its layers, per tile.
     """
 
     def __init__(self, prompt: Layout, layers: int) -> None:
@@ -91,6 +92,7 @@ class Trace:
         self.layers = layers
         self.layouts: list[Layout] = []  # reductions only
         self.evictions: list[Eviction] = []
+        self.towers: dict[int, list[tuple[int, ...]]] = {}
 
     @property
     def batch(self) -> int:

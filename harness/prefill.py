@@ -118,6 +118,8 @@ class Prefill:
                 continue
             step = self._step(index, row, tokens, hidden[row, pads[row] :], pads[row], upcoming)
             results.append(self._checked(self.session.method.reduce(step), tokens))
+            if index == 0 and self.session.towers.places:
+                self._note_tower(row, step, results[-1])
         if all(result is None for result in results):
             return hidden
         keeps = [
@@ -175,6 +177,15 @@ class Prefill:
             raise MethodError(f"{name}: text tokens may not be dropped")
         return result
 
+    def _note_tower(self, row: int, step: Step, result: Reduction | None) -> None:
+        passed = step.vision.passed()
+        if passed is None:
+            return
+        self.trace.towers[row] = [tile.entered for tile in passed]
+        if result is None:
+            name = self.session.method.card.name
+            raise MethodError(f"{name}: visual tokens whose cells left the vision tower must be dropped at layer 0")
+
     # What a method sees
 
     def _step(
@@ -195,7 +206,7 @@ class Prefill:
             spans=self._spans[row],
             generator=lambda: session.generator(key, index),
             seen={layer: self._seen(layer, row) for layer in need.attention},
-            vision=self._visions[row] if need.vision else None,
+            vision=self._visions[row] if need.vision or session.towers.places else None,
             clips=self._clips(row) if need.frames else (),
             upcoming=(lambda: self._sampled(upcoming(), row, tokens, self.stream)) if need.next else None,
             memory=self.memory[row],

@@ -28,6 +28,7 @@ from pruneval.harness.attention import Recorder, watching
 from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Layout, Trace
 from pruneval.harness.prefill import Prefill
+from pruneval.harness.tower import Towers
 from pruneval.methods.base import Method
 
 _ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -78,6 +79,7 @@ class Session:
         self.read = {index for need in self.needs.values() for index in need.attention}
         self.evicting = method.evicting(self.shape)
         self.selecting = method.selecting(self.shape)
+        self.towers = Towers(self)
         self.recorder = Recorder()
         self.encoded: list[Encoding] = []
         self.vision_hidden: dict[int, Tensor] = {}
@@ -91,6 +93,7 @@ class Session:
         adapter = self.adapter
         self.recorder = stack.enter_context(watching(self._watched()))
         adapter.attach(self._layouts, stack)
+        self.towers.install(stack)
         for kind in ("get_image_features", "get_video_features"):
             self._wrap_encoder(kind, stack)
         pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
@@ -125,6 +128,10 @@ class Session:
                 }
             if need.next:
                 watched[("text", layer)] = self.adapter.attention(layer)
+        for tower in range(len(self.adapter.towers)):
+            watched |= {
+                ("vision", index, tower): self.adapter.vision_attention(index, tower) for index in self.towers.places
+            }
         decoding = {*self.evicting, *(index - 1 for index in self.selecting)}
         return watched | {("text", index): self.adapter.attention(index) for index in decoding}
 
@@ -142,18 +149,20 @@ class Session:
                 return original(*args, **kwargs)
             self.vision_hidden.clear()
             self.recorder.calls.clear()
+            kind = name.removeprefix("get_").removesuffix("_features")
+            arguments = signature.bind(*args, **kwargs).arguments
             self.recorder.on = True
+            self.towers.begin(kind, arguments)
             try:
                 out = original(*args, **kwargs)
             finally:
                 self.recorder.on = False
+                passed = self.towers.end()
             calls = {key[1]: made for key, made in self.recorder.calls.items() if key[0] == "vision"}
             lengths = tuple(item.shape[:-1].numel() for item in out.pooler_output)
-            kind = name.removeprefix("get_").removesuffix("_features")
-            arguments = signature.bind(*args, **kwargs).arguments
             # one of a kind per prompt: an earlier one belongs to a prompt that failed
             self.encoded = [encoding for encoding in self.encoded if encoding.kind != kind]
-            self.encoded.append(Encoding(kind, arguments, lengths, calls, dict(self.vision_hidden)))
+            self.encoded.append(Encoding(kind, arguments, lengths, calls, dict(self.vision_hidden), passed))
             self.recorder.calls.clear()
             return out
 

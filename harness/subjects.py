@@ -186,8 +186,12 @@ def batch(*samples: Inputs, pad: int = PAD) -> Inputs:
 
 # Subjects
 
-PARAMS: dict[str, tuple[tuple[str, str], ...]] = {"gsearch": (("rates", "0.4"),), "prunevid": (("layer", "1"),)}
-"""What methods need on four decoder layers, where their defaults do not exist."""
+PARAMS: dict[str, tuple[tuple[str, str], ...]] = {
+    "gsearch": (("rates", "0.4"),),
+    "prunevid": (("layer", "1"),),
+    "flowcut": (("ahead", "1.5"),),
+}
+"""What methods need on four decoder layers and few tokens, where their defaults do not exist or do nothing."""
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "llava": _llava,

@@ -19,6 +19,8 @@ METHODS = {  # name: class, in the module of the same name
     "uniform": "Uniform",
     "fastv": "FastV",
     "pdrop": "PDrop",
+    "tome": "ToMe",
+    "flowcut": "FlowCut",
     "visionzip": "VisionZip",
     "vtw": "VTW",
     "gsearch": "GSearch",

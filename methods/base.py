@@ -17,7 +17,18 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pruneval.methods.step import Attention, DecodeStep, MethodError, Needs, Reduction, Shape, Step, Vision, torch
+from pruneval.methods.step import (
+    Attention,
+    DecodeStep,
+    EncodeStep,
+    MethodError,
+    Needs,
+    Reduction,
+    Shape,
+    Step,
+    Vision,
+    torch,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +37,11 @@ __all__ = [
     "Attention",
     "Card",
     "DecodeStep",
+    "EncodeStep",
     "Method",
     "MethodError",
     "Needs",
+    "Place",
     "Positions",
     "Ranking",
     "Reduction",
@@ -62,6 +75,7 @@ class Card:
 
 
 Positions = Literal["original", "compact"]
+Place = Literal["attention", "layer"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,28 @@ class Method:
     def reduce(self, step: Step) -> Reduction | None:
         """The stream that goes on, or None when nothing changes."""
         raise NotImplementedError
+
+    def encoding(self, shape: Shape) -> dict[int, Place]:
+        """The vision tower's layers at which `at_encode` is called for every tile, ascending, and where: behind the
+        layer's "attention" or behind the whole "layer".
+        """
+        return {}
+
+    def at_encode(self, step: EncodeStep) -> Reduction | None:
+        """The tile's tokens that go on in the tower, or None when nothing changes.
+
+        `keep` may be in any order; `slots`, `values` and `weights` work as in the language model. A CLS token stays
+        where it is. What left the tower has features of zeros at the input of the language model, where `reduce` must
+        drop it: see `Vision.passed` and `Vision.arrived`, and `pruneval.methods.arrival` for the usual way.
+        """
+        return None
+
+    def encoder_schedule(self, shape: Shape, cells: int) -> list[int]:
+        """Tokens of a tile of `cells` (with CLS) that enter each layer of the tower.
+
+        Raises: MethodError when it depends on the sample.
+        """
+        return [cells + shape.has_cls] * shape.vision_layers
 
     def evicting(self, shape: Shape) -> tuple[int, ...]:
         """The decoder layers for which `at_decode` is called after every generated token."""

@@ -37,6 +37,7 @@ class Shape:
         feature_layer: the tower's layer (0-based) whose output is projected.
         has_cls: whether row 0 of a tile in the tower is a CLS token.
         tiled: whether one image or video may become several tiles.
+        merge: cells of the tower that become one visual token.
         sheets: whether tiles are put together to larger grids, with newline tokens; then the view is a `Sheets`.
     """
 
@@ -50,6 +51,7 @@ class Shape:
     has_cls: bool = False
     tiled: bool = False
     sheets: bool = False
+    merge: int = 1
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,14 @@ class Attention(Protocol):
         key: (H_kv, n, d_h), after rotary embedding; use `keys()` for all H heads.
         value: (H_kv, n, d_h).
         origin: (n,) the origins of the n tokens (decoder layers), or None (vision tower).
+        scaling: factor on the dot products.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     origin: Tensor | None
+    scaling: float
 
     def rotated(self, vectors: Tensor) -> Tensor:
         """(..., n, d_h) vectors with the rotary embedding of the n tokens (decoder layers)."""
@@ -137,6 +141,32 @@ class Vision(Protocol):
 
         Tokens without a cell (newlines) get `fill`.
         """
+
+    def passed(self) -> list[Passed] | None:
+        """What came through the tower, one per tile; None when nothing left any of them (`Method.at_encode`)."""
+
+    def arrived(self) -> list[Tensor]:
+        """(k,) per tile: numbers 0..N-1 of the visual tokens made of passed cells, in the order of these.
+
+        -1 where the prompt has no token of a passed cell: cut away as padding, resampled or pooled.
+        """
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A tile behind a tower in which tokens were dropped or merged.
+
+    Attributes:
+        cells: (m,) the cells still there, in the order in which they left the tower.
+        total: P, cells of the un-pruned tile.
+        entered: tokens (with CLS) that entered each layer of the tower.
+        features: (m, d) the cells through the projector; None where several cells become one token.
+    """
+
+    cells: Tensor
+    total: int
+    entered: tuple[int, ...]
+    features: Tensor | None = None
 
 
 class Sheets(Vision, Protocol):
@@ -229,6 +259,40 @@ class Step:
         """The reduction that lets all text and the visual tokens number `chosen` (0..v-1) go on, order as it is."""
         index = torch.cat([self.text, self.visual[chosen.to(self.visual.device)]])
         return Reduction(index.sort().values)
+
+
+@dataclass
+class EncodeStep:
+    """One tile inside the vision tower: behind layer `layer`, or behind the attention of that layer. No padding.
+
+    Attributes:
+        layer: the tower's layer, 0-based.
+        hidden: (t, d_v) the tokens there; row 0 is the CLS token where there is one.
+        cells: (t,) the cell each token is (or was, before others were merged into it), -1 for CLS.
+        blocks: (t,) number of the visual token each cell becomes part of, -1 for CLS; cells of a block stay together.
+        attention: that of the layer, over the tokens that entered it.
+        total: P, cells of the un-pruned tile.
+        tokens: visual tokens the un-pruned tile becomes.
+        weight: (t,) how many tokens each counts as in attention, or None when all count as one.
+        shape: sizes of the model.
+        memory: what the method wants to remember of this tile until its next layer.
+    """
+
+    layer: int
+    hidden: Tensor
+    cells: Tensor
+    blocks: Tensor
+    attention: Attention
+    total: int
+    tokens: int
+    shape: Shape
+    weight: Tensor | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cls(self) -> int:
+        """Rows before the first cell: 1 with a CLS token, else 0."""
+        return int(self.shape.has_cls)
 
 
 @dataclass

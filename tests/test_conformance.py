@@ -11,6 +11,7 @@ import torch
 
 from pruneval import methods
 from pruneval.harness import cli, conformance, prefill, session, stream, subjects
+from pruneval.harness.adapters import Adapter
 from pruneval.harness.check import FAMILIES, to_text
 from pruneval.harness.conformance import CHECKS, Broken, Case, NotApplicable, Verdict, verdicts
 from pruneval.methods.base import Card, Needs, Positions, Ranking, Reduction, Shape, Step, kept
@@ -38,7 +39,7 @@ def test_promises_hold_on_every_family(family):
     for name in ("random", "fastv"):
         found = list(verdicts(Case(name, subject)))
         assert [verdict for verdict in found if verdict.status == "fail"] == []
-        assert {verdict.check for verdict in found if verdict.status == "pass"} >= set(CHECKS) - {"reversal"}
+        assert {verdict.check for verdict in found if verdict.status == "pass"} >= set(CHECKS) - {"reversal", "tower"}
 
 
 def test_a_pair_that_is_not_supported_says_why():
@@ -64,6 +65,17 @@ def test_a_layer_that_runs_twice_is_caught(monkeypatch):
     monkeypatch.setattr(prefill.Prefill, "enter", twice)
     with pytest.raises(Broken, match=r"not 1: \{1: 2\}"):
         CHECKS["once"](Case("fastv", subjects.subject(LLAVA)))
+
+
+def test_tokens_computed_in_the_tower_against_the_trace_are_caught(monkeypatch):
+    attend = Adapter.attend
+
+    def padded(self, layer, hidden, mask):
+        return attend(self, layer, torch.nn.functional.pad(hidden, (0, 0, 0, 1)), None)[:, :-1]
+
+    assert failed("tome") == {}
+    monkeypatch.setattr(Adapter, "attend", padded)
+    assert "the trace says" in failed("tome")["tower"]
 
 
 def test_a_cache_one_too_long_is_caught(monkeypatch):

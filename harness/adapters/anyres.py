@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from pruneval.harness.adapters.base import Adapter, Encoding
+from pruneval.harness.adapters.base import Adapter, Encoding, passed
 from pruneval.harness.attention import HeadAttention
+from pruneval.methods.step import Passed
 
 Size = tuple[int, int]
 
@@ -138,6 +139,10 @@ class AnyRes(Adapter):
     def video(self, frames: int) -> tuple[Sheet, ...]:
         """The sheets of a video."""
         return (self.frame(),) * frames
+
+    def tile_tokens(self, kind: str, cells: int) -> int:
+        rows, columns = self.frame().size if kind == "video" else self.grid
+        return rows * columns
 
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
         items = {kind: self._items(kind, encodings) for kind in ("image", "video")}
@@ -283,6 +288,15 @@ class SheetView:
     def place_of(self) -> Tensor:
         """(N, 2) row and column in that sheet; newlines stand right of their row, or below the last one."""
         return torch.cat([sheet.places() for sheet in self._sheets]).to(self._device)
+
+    def passed(self) -> list[Passed] | None:
+        """What came through the tower, one per tile; None when all of it did."""
+        return passed(self._where)
+
+    def arrived(self) -> list[Tensor]:
+        """(k,) per tile: the visual tokens of passed cells, -1 where there is none."""
+        tokens = self.token_of()
+        return [tokens[tile, part.cells.to(tokens.device)] for tile, part in enumerate(self.passed() or [])]
 
     def _parts(self) -> Iterator[tuple[Sheet, int, int]]:
         """Sheets with the first of their tiles and the one after the last."""

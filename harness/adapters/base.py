@@ -11,10 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from pruneval.harness.layout import Layout
 from pruneval.methods.base import Method, MethodError, Shape
+from pruneval.methods.step import Passed
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Encoding:
             placeholders.
         calls: recorded attention calls (`pruneval.harness.attention.Call`), by encoder layer.
         hidden: outputs of the encoder layers asked for, by layer.
+        passed: what came through the tower, one per tile, if a method works inside it.
     """
 
     kind: str
@@ -35,6 +38,13 @@ class Encoding:
     lengths: tuple[int, ...]
     calls: Mapping[int, list[Any]]
     hidden: Mapping[int, Tensor]
+    passed: tuple[Passed, ...] = ()
+
+
+def passed(where: list[tuple[Encoding, int]]) -> list[Passed] | None:
+    """What came through the tower of these tiles (run and place in it); None when all of them are whole."""
+    parts = [encoding.passed[row] for encoding, row in where if encoding.passed]
+    return None if all(len(part.cells) == part.total for part in parts) else parts
 
 
 class Adapter(ABC):
@@ -44,7 +54,7 @@ class Adapter(ABC):
 
     The defaults fit transformers' composition `model.model.{vision_tower, multi_modal_projector, language_model}`.
     `whole_items` says whether `Encoding.lengths` counts whole images and videos, whose placeholders may stand side by
-    side.
+    side. `merge` is the number of the tower's cells that become one token.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -52,6 +62,7 @@ class Adapter(ABC):
     tiled: ClassVar[bool] = False
     sheets: ClassVar[bool] = False
     whole_items: ClassVar[bool] = False
+    merge: int = 1
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model = model
@@ -133,6 +144,46 @@ class Adapter(ABC):
         """(m, d_v) tower outputs as (m, d) language-model inputs."""
         return self.model.model.multi_modal_projector(hidden)
 
+    # Inside the vision tower: see `pruneval.harness.tower`
+
+    @property
+    def projector(self) -> nn.Module:
+        """What `project` is: takes tower outputs, gives language-model inputs."""
+        return self.model.model.multi_modal_projector
+
+    def projects_cells(self, kind: str) -> bool:
+        """Whether the model projects the cells of images or videos one by one, before it pools or merges any."""
+        return self.merge == 1
+
+    def attend(self, layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """The first half of a tower's layer: attention and what it is added to, (T, t, d_v)."""
+        return hidden + layer.self_attn(layer.layer_norm1(hidden), attention_mask=mask)[0]
+
+    def feed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """The second half."""
+        return hidden + layer.mlp(layer.layer_norm2(hidden))
+
+    def cell_blocks(self, cells: int) -> Tensor:
+        """(P,) which of a tile's tokens each of its cells becomes part of."""
+        return torch.arange(cells)
+
+    def tile_tokens(self, kind: str, cells: int) -> int:
+        """Visual tokens a tile of an un-pruned image or video becomes, nominally: newlines and padding apart."""
+        return cells // self.merge
+
+    def packing(self, kind: str, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]] | None:
+        """How the tower packs the tiles of a run into one row; None for towers that take a batch of equal tiles.
+
+        Returns:
+            (sum of P,) the processor's number of each cell in the tower's order, and where each tile starts, with the
+            end of the last.
+        """
+        return None
+
+    def encoder_reason(self) -> str:
+        """Why tokens can't leave inside this model's tower; empty when they can."""
+        return ""
+
     @abstractmethod
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
         """The vision tower's view of each sample.
@@ -197,12 +248,15 @@ class Adapter(ABC):
             has_cls=self.has_cls,
             tiled=self.tiled,
             sheets=self.sheets,
+            merge=self.merge,
         )
 
     def supports(self, method: Method) -> str | None:
         """None, or the reason why the method can't run on this model."""
         try:
             method.needs(self.shape)
+            places = method.encoding(self.shape)
         except MethodError as error:
             return str(error)
-        return None
+        reason = self.encoder_reason() if places else ""
+        return f"{method.card.name}: {reason}" if reason else None

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruneval.harness.adapters.base import Adapter, Encoding
+from pruneval.harness.adapters.base import Adapter, Encoding, passed
 from pruneval.harness.attention import HeadAttention
+from pruneval.methods.step import Passed
 
 
 class InternVL(Adapter):
@@ -44,6 +45,23 @@ class InternVL(Adapter):
         (rows, columns), side = self.grid, int(1 / self.config.downsample_ratio)
         cells = torch.arange(rows * columns).unflatten(0, (rows // side, side, columns // side, side))
         return cells.transpose(1, 2).reshape(-1, side * side)
+
+    @property
+    def merge(self) -> int:  # type: ignore[override]
+        """Cells per token."""
+        return self.members.shape[1]
+
+    def attend(self, layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return layer.lambda_1 * layer.attention(layer.layernorm_before(hidden), attention_mask=mask)[0] + hidden
+
+    def feed(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        return layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(hidden))) + hidden
+
+    def cell_blocks(self, cells: int) -> Tensor:
+        members = self.members
+        blocks = torch.empty(members.numel(), dtype=torch.long)
+        blocks[members] = torch.arange(len(members))[:, None].expand_as(members)
+        return blocks
 
     def project(self, hidden: Tensor) -> Tensor:
         """Blocks of tower outputs as language-model inputs.
@@ -114,3 +132,16 @@ class TileView:
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,), or (tiles, P, k) -> (N, k): a token gets the mean over its block; every token has one."""
         return torch.cat([self.blocks(torch.as_tensor(tile)).mean(1) for tile in cells])
+
+    def passed(self) -> list[Passed] | None:
+        """What came through the tower, one per tile; None when all of it did."""
+        return passed(self._where)
+
+    def arrived(self) -> list[Tensor]:
+        """(k,) per tile: the visual tokens of passed cells, in raster order."""
+        tokens, per_tile = [], len(self.members)
+        for tile, part in enumerate(self.passed() or []):
+            there = torch.zeros(part.total, dtype=torch.bool, device=part.cells.device)
+            there[part.cells] = True
+            tokens.append(tile * per_tile + there[self.members[:, 0].to(there.device)].nonzero().squeeze(-1))
+        return tokens

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruneval.harness.adapters.base import Adapter, Encoding
+from pruneval.harness.adapters.base import Adapter, Encoding, passed
 from pruneval.harness.attention import HeadAttention
+from pruneval.methods.step import Passed
 
 
 class Llava(Adapter):
@@ -68,3 +69,11 @@ class TileView:
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,): cells and tokens are the same, in the same order."""
         return torch.cat([torch.as_tensor(part).reshape(-1) for part in cells])
+
+    def passed(self) -> list[Passed] | None:
+        """What came through the tower, one per tile; None when all of it did."""
+        return passed(self._where)
+
+    def arrived(self) -> list[Tensor]:
+        """(k,) per tile: the visual tokens of passed cells."""
+        return [tile * part.total + part.cells for tile, part in enumerate(self.passed() or [])]

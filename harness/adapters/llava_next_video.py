@@ -25,6 +25,9 @@ class LlavaNextVideo(AnyRes):
         size = (self.grid[0] // stride, self.grid[1] // stride)
         return Sheet((1, 1), (0, 0, *self.grid), size, self.pool)
 
+    def projects_cells(self, kind: str) -> bool:
+        return kind == "image"
+
     def supports(self, method: Method) -> str | None:
         reason = super().supports(method)
         reads = reason is None and any(need.vision for need in method.needs(self.shape).values())

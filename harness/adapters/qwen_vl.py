@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from pruneval.harness.adapters.base import Adapter, Encoding
+from pruneval.harness.adapters.base import Adapter, Encoding, passed
 from pruneval.harness.attention import HeadAttention
 from pruneval.harness.layout import Layout
+from pruneval.methods.step import Passed
 
 
 class QwenVL(Adapter):
@@ -59,9 +60,28 @@ class QwenVL(Adapter):
         return len(self.vision_layers) - 1
 
     @property
-    def merge(self) -> int:
+    def merge(self) -> int:  # type: ignore[override]
         """Cells per token."""
         return self.config.vision_config.spatial_merge_size**2
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.vision_tower.merger
+
+    def encoder_reason(self) -> str:
+        deep = getattr(self.config.vision_config, "deepstack_visual_indexes", None)
+        return "this model also uses features of middle vision layers, which need every token" if deep else ""
+
+    def packing(self, kind: str, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+        sizes: Tensor = arguments[f"{kind}_grid_thw"]
+        lengths = [height * width for slices, height, width in sizes.tolist() for _ in range(slices)]
+        starts = [0, *itertools.accumulate(lengths)]
+        order = torch.arange(starts[-1])
+        if hasattr(self.config.vision_config, "window_size"):
+            config = self.config.vision_config
+            windows = get_vision_window_index(sizes, config.spatial_merge_size, config.window_size, config.patch_size)
+            order = order.unflatten(0, (-1, self.merge))[windows[0].to(order.device)].flatten()
+        return order, starts
 
     def project(self, hidden: Tensor) -> Tensor:
         """Blocks of tower outputs as language-model inputs.
@@ -239,3 +259,16 @@ class GridView:
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) or one (P,) per tile -> (N,): the mean over a token's four cells."""
         return torch.cat([self.blocks(torch.as_tensor(part)).mean(1) for part in cells])
+
+    def passed(self) -> list[Passed] | None:
+        """What came through the tower, one per tile; None when all of it did."""
+        places = {id(run): [tile for item in run.items() for tile in item.tiles] for run, _ in self._where}
+        return passed([(run.encoding, places[id(run)].index(tile)) for run, tile in self._where])
+
+    def arrived(self) -> list[Tensor]:
+        """(k,) per tile: the visual tokens of passed cells, in raster order."""
+        tokens, start = [], 0
+        for part in self.passed() or []:
+            tokens.append(start + part.cells[:: self.merge] // self.merge)
+            start += part.total // self.merge
+        return tokens

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruneval.harness.adapters.base import Adapter, Encoding
+from pruneval.harness.adapters.base import Adapter, Encoding, passed
 from pruneval.harness.attention import HeadAttention
+from pruneval.methods.step import Passed
 
 
 class VideoLlava(Adapter):
@@ -121,3 +122,15 @@ class FrameView:
             extra = encoding.lengths[row] - len(part)
             parts.append(torch.nn.functional.pad(part, (extra, 0), value=fill))
         return torch.cat(parts)
+
+    def passed(self) -> list[Passed] | None:
+        """What came through the tower, one per tile; None when all of it did."""
+        return passed(self._where)
+
+    def arrived(self) -> list[Tensor]:
+        """(k,) per tile: the visual tokens of passed cells; a frame's CLS token is none of them."""
+        tokens, stop = [], 0
+        for part, (encoding, row) in zip(self.passed() or [], self._where, strict=False):
+            stop += encoding.lengths[row]
+            tokens.append(stop - part.total + part.cells)
+        return tokens
