@@ -56,9 +56,19 @@ class Vision:
         return self.heads * self.head_dim
 
     @property
+    def projections(self) -> int:
+        """Multiply-adds of queries, keys, values and the attention's output, per token and layer."""
+        return 4 * self.hidden * self.width
+
+    @property
+    def feed(self) -> int:
+        """Multiply-adds of the feed-forward network, per token and layer."""
+        return (3 if self.gated else 2) * self.hidden * self.mlp
+
+    @property
     def linear(self) -> int:
         """Multiply-adds (and weights without biases) of one layer's matrices per token."""
-        return 4 * self.hidden * self.width + (3 if self.gated else 2) * self.hidden * self.mlp
+        return self.projections + self.feed
 
     @property
     def params(self) -> int:
@@ -81,19 +91,21 @@ class Projector:
     middle: int
     outputs: int
     norm: int = 0
-    """Weights of a norm in front."""
+    """Weights (and biases) of the norms in front."""
     merge: int = 1
     """Vision patches that become one token."""
+    copies: int = 1
+    """How many of them every token goes through: one behind the tower, others behind layers inside it."""
 
     @property
     def linear(self) -> int:
         """Multiply-adds per token that enters."""
-        return self.inputs * self.middle + self.middle * self.outputs
+        return self.copies * (self.inputs * self.middle + self.middle * self.outputs)
 
     @property
     def params(self) -> int:
-        """Parameters, biases and norm included."""
-        return self.linear + self.middle + self.outputs + self.norm
+        """Parameters, biases and norms included."""
+        return self.linear + self.copies * (self.middle + self.outputs) + self.norm
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,8 @@ class Decoder:
     mlp: int
     vocab: int
     qkv_bias: bool = False
+    qk_norm: bool = False
+    """Norms of a head's width on queries and keys."""
     tied: bool = False
 
     @property
@@ -128,7 +142,7 @@ class Decoder:
     @property
     def params(self) -> int:
         """Parameters with embedding and head; a tied head counts once."""
-        bias = self.width + 2 * self.kv_width if self.qkv_bias else 0
+        bias = (self.width + 2 * self.kv_width if self.qkv_bias else 0) + (2 * self.head_dim if self.qk_norm else 0)
         table = self.vocab * self.hidden
         return self.layers * (self.linear + bias + 2 * self.hidden) + self.hidden + table * (1 if self.tied else 2)
 

@@ -11,7 +11,11 @@ from typing import Any
 from pruneval.harness.dimensions import Decoder, Dimensions, Input, Projector, Vision
 from pruneval.harness.errors import UserError
 
-FAMILIES = ("internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_5_vl", "video_llava")
+FAMILIES = (
+    "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "video_llava",
+)  # fmt: skip
+GRID = ("qwen2_5_vl", "qwen3_vl")
+"""Families whose tower takes an image at its own size."""
 
 OWN = "one tile (or 16 x 16 tokens) and 75 others; no published length"
 
@@ -28,12 +32,14 @@ def dimensions_of(config: Any, name: str | None = None) -> Dimensions:
         raise UserError(f"no cost model for the family {family!r}; known: {', '.join(FAMILIES)}")
     tower = config.vision_config
     decoder = _decoder(config)
-    vision = _qwen(tower) if family == "qwen2_5_vl" else _internvit(tower) if family == "internvl" else _vit(tower)
+    vision = _qwen(tower) if family in GRID else _internvit(tower) if family == "internvl" else _vit(tower)
     common = {"name": name or family, "family": family, "vision": vision, "decoder": decoder}
     full = vision.patches + vision.class_tokens
-    if family == "qwen2_5_vl":
+    if family in GRID:
         merge = tower.spatial_merge_size**2
-        projector = Projector(vision.hidden * merge, vision.hidden * merge, decoder.hidden, vision.hidden, merge)
+        wide, deep = vision.hidden * merge, len(getattr(tower, "deepstack_visual_indexes", ()))
+        norm = vision.hidden if family == "qwen2_5_vl" else 2 * vision.hidden + 2 * wide * deep
+        projector = Projector(wide, wide, decoder.hidden, norm, merge, 1 + deep)
         side = tower.spatial_merge_size
         return Dimensions(**common, projector=projector, input=Input(grid=(1, 16 * side, 16 * side), source=OWN))
     if family == "internvl":
@@ -68,6 +74,7 @@ def _decoder(config: Any) -> Decoder:
         mlp=text.intermediate_size,
         vocab=text.vocab_size,
         qkv_bias=text.model_type.startswith("qwen2"),
+        qk_norm=text.model_type.startswith("qwen3"),
         tied=bool(config.tie_word_embeddings),
     )
 
@@ -115,18 +122,22 @@ def _internvit(tower: Any) -> Vision:
 
 
 def _qwen(tower: Any) -> Vision:
+    """Qwen2.5-VL (gated, RMS norms, windows) or Qwen3-VL (neither, and a learned position table)."""
+    windows = hasattr(tower, "window_size")
     return Vision(
         layers=tower.depth,
         hidden=tower.hidden_size,
         heads=tower.num_heads,
         head_dim=tower.hidden_size // tower.num_heads,
         mlp=tower.intermediate_size,
-        gated=True,
+        gated=windows,
         patch_values=tower.in_channels * tower.temporal_patch_size * tower.patch_size**2,
         patches=0,
-        norm="rms",
-        window=tower.window_size // tower.patch_size,
-        full_layers=tuple(tower.fullatt_block_indexes),
+        norm="rms" if windows else "layer",
+        patch_bias=not windows,
+        positions=0 if windows else tower.num_position_embeddings,
+        window=tower.window_size // tower.patch_size if windows else 0,
+        full_layers=tuple(tower.fullatt_block_indexes) if windows else (),
     )
 
 

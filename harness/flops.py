@@ -11,7 +11,7 @@ Norms, softmax, activations, rotary embeddings and table look-ups are not (about
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from pruneval.harness.dimensions import Dimensions, Vision
 from pruneval.harness.errors import UserError
@@ -36,6 +36,8 @@ class Lengths:
     """Patches that are embedded."""
     vision: tuple[Groups, ...]
     """Tokens that enter each layer of the vision tower, grouped by what attends to what."""
+    fed: tuple[int, ...] = field(default=(), kw_only=True)
+    """Tokens that each layer's feed-forward network gets, where some leave behind the attention; all if not given."""
     projector: int
     """Tokens that enter the projector."""
     given: int
@@ -105,14 +107,14 @@ def ledger(dimensions: Dimensions, lengths: Lengths) -> Ledger:
             f"{dimensions.name} has {vision.layers} vision and {decoder.layers} decoder layers; "
             f"lengths are given for {len(lengths.vision)} and {len(lengths.visual)}"
         )
-    tokens = lengths.llm
+    tokens, seen = lengths.llm, [sum(k * n for k, n in groups) for groups in lengths.vision]
     head = decoder.hidden * decoder.vocab
     steps = max(lengths.new_tokens - 1, 0)
     # Step t (1-based) runs one query against the n_l prefill tokens and the t tokens decoded so far, itself included.
     decode_keys = sum(steps * n + steps * (steps + 1) // 2 for n in tokens)
     return Ledger(
         patch_embedding=lengths.patches * vision.patch_values * vision.hidden,
-        vision_linear=vision.linear * sum(k * n for groups in lengths.vision for k, n in groups),
+        vision_linear=vision.projections * sum(seen) + vision.feed * sum(lengths.fed or seen),
         vision_attention=2 * vision.width * sum(k * n * n for groups in lengths.vision for k, n in groups),
         projector=dimensions.projector.linear * lengths.projector,
         helpers=sum(work.macs for work in lengths.helpers),

@@ -1,11 +1,13 @@
-"""Bytes of the key-value cache, from lengths.
+"""Bytes of the key-value cache, from lengths and read off the tensors.
 
-Layer l stores a key and a value for every token that entered layer l, and nothing gives them back.
+Layer l stores a key and a value for every token that entered layer l, and nothing gives them back unless a method
+evicts tokens while the answer is generated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pruneval.harness.dimensions import Decoder
 
@@ -37,3 +39,13 @@ def kv_bytes_full_heads(decoder: Decoder, tokens: Sequence[int], bytes_per_value
     VFlowOpt's Table 1 is printed in this currency; with grouped-query attention it is heads / kv_heads times too much.
     """
     return 2 * bytes_per_value * decoder.width * sum(tokens)
+
+
+def held(cache: Any) -> list[int]:
+    """Bytes of the keys and values in each layer of a transformers cache, padding and generated tokens included."""
+    return [sum(part.numel() * part.element_size() for part in (layer.keys, layer.values)) for layer in cache.layers]
+
+
+def resident(cache: Any) -> list[int]:
+    """Bytes that stay allocated for each layer: more than `held` where a tensor is a view of what it was cut from."""
+    return [sum(part.untyped_storage().nbytes() for part in (layer.keys, layer.values)) for layer in cache.layers]

@@ -28,7 +28,8 @@ def shape_of(dimensions: Dimensions) -> Shape:
         feature_layer=vision.layers - (2 if vision.pre_norm else 1),
         has_cls=vision.class_tokens > 0,
         sheets=dimensions.newline,
-        tiled=dimensions.newline or dimensions.family in ("internvl", "qwen2_5_vl", "video_llava"),
+        tiled=dimensions.newline or dimensions.family in ("internvl", "qwen2_5_vl", "qwen3_vl", "video_llava"),
+        merge=dimensions.projector.merge,
     )
 
 
