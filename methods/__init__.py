@@ -17,6 +17,8 @@ METHODS = {  # name: class, in the module of the same name
     "vanilla": "Vanilla",
     "random": "Random",
     "uniform": "Uniform",
+    "cls_topk": "ClsTopK",
+    "fastervlm": "FasterVLM",
     "fastv": "FastV",
     "pdrop": "PDrop",
     "tome": "ToMe",

@@ -1,7 +1,7 @@
 """VisionZip (CVPR 2025, arXiv 2412.04467, section 3.2; dvlab-research/VisionZip at 3151f6d).
 
 Before the language model, each image keeps its *dominant* tokens, those with the most attention in the vision encoder,
-and folds the remaining ones into a few *contextual* tokens. Attention is that of the CLS token, summed over heads, in
+and folds the remaining ones into a few *contextual* tokens. Attention is that of the CLS token, over all heads, in
 the layer whose output is projected; encoders without CLS use the attention a token receives on average. The CLS token
 itself goes on and counts as dominant. Of the remaining tokens, evenly spaced ones are targets and every other joins
 the target with the most similar key (cosine, keys averaged over heads).
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pruneval.methods.base import (
-    Attention,
     Card,
     Method,
     MethodError,
@@ -36,6 +35,7 @@ from pruneval.methods.base import (
     strongest,
     torch,
 )
+from pruneval.methods.salience import salience, spread
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,14 @@ class VisionZip(Method):
         cls, tile_of, sheet_of = int(vision.has_cls), vision.tile_of(), vision.sheet_of()
         candidates = [(tile_of == tile).nonzero().squeeze(-1) for tile in range(vision.tiles)]
         total = max(2, kept(step.total, self.keep))
-        shares = spread(total, [len(mine) for mine in candidates])
+        shares = spread(total, [len(mine) for mine in candidates], least=2)
         if max(total, sum(shares)) >= step.total:
             return None
         hidden, attention = vision.hidden(layer), vision.attention(layer)
-        score, keys, features = (
+        score = vision.to_tokens(torch.stack([salience(one, vision.has_cls) for one in attention]))
+        keys, features = (
             vision.to_tokens(torch.stack([one[cls:] for one in each]))
-            for each in ([salience(one, cls) for one in attention], [one.key.mean(0) for one in attention], hidden)
+            for each in ([one.key.mean(0) for one in attention], hidden)
         )
         sheets: dict[int, list[tuple[torch.Tensor, ...]]] = {}
         for tile, (mine, share) in enumerate(zip(candidates, shares, strict=True)):
@@ -154,12 +155,8 @@ def fold(
     """Dominant cells (ascending), target cells (ascending) and the contextual tokens' features (C, d_v) of one tile."""
     attention, hidden = vision.attention(layer)[tile], vision.hidden(layer)[tile]
     cls = int(vision.has_cls)
-    return choose(salience(attention, cls)[cls:], attention.key.mean(0)[cls:], hidden[cls:], dominant - cls, contextual)
-
-
-def salience(attention: Attention, cls: int) -> torch.Tensor:
-    """(P or P + 1,) attention of the CLS token, summed over heads, or without one what a token receives on average."""
-    return attention.rows(0)[:, 0].sum(0) if cls else attention.received().mean(0)
+    score, keys = salience(attention, vision.has_cls), attention.key.mean(0)[cls:]
+    return choose(score, keys, hidden[cls:], dominant - cls, contextual)
 
 
 def choose(
@@ -174,16 +171,6 @@ def choose(
     rest = rest.nonzero().squeeze(-1)
     targets, merged = merge(features[rest], keys[rest], contextual)
     return chosen, rest[targets], merged
-
-
-def spread(total: int, sizes: list[int]) -> list[int]:
-    """`total` tokens over tiles in proportion to their sizes (largest remainder); at least two of each, at most all."""
-    exact = [total * size / sum(sizes) for size in sizes]
-    shares = [int(part) for part in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda tile: shares[tile] - exact[tile])
-    for tile in by_remainder[: total - sum(shares)]:
-        shares[tile] += 1
-    return [min(size, max(2, share)) for size, share in zip(sizes, shares, strict=True)]
 
 
 def merge(features: torch.Tensor, keys: torch.Tensor, contextual: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -60,13 +61,20 @@ def step(before: int, visual: int, after: int, layer: int = 0, layers: int = 32,
 
 
 def vision(features: torch.Tensor, keys: torch.Tensor, cls_row: torch.Tensor) -> SimpleNamespace:
-    """A tower with CLS at row 0 and the identity as projector; inputs (P + 1, d), (H, P + 1, d_h), (H, P + 1)."""
+    """A tower with CLS at row 0 and the identity as projector; inputs (P + 1, d), (H, P + 1, d_h), (H, P + 1).
+
+    Cells are tokens; they form a square where they can, else one row.
+    """
     attention = Rows(cls_row)
     attention.key = keys
+    cells = len(features) - 1
+    side = math.isqrt(cells)
     return SimpleNamespace(
         tiles=1,
         has_cls=True,
         images=(1,),
+        grids=((side, side) if side * side == cells else (1, cells),),
+        to_tokens=lambda cells, fill=float("nan"): torch.cat(list(cells)),
         attention=lambda layer: [attention],
         hidden=lambda layer: [features],
         project=lambda hidden: hidden,

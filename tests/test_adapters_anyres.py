@@ -18,7 +18,7 @@ from pruneval.harness.adapters.llava_next import LlavaNext
 from pruneval.harness.adapters.llava_onevision import LlavaOnevision
 from pruneval.harness.session import pruned
 from pruneval.methods.base import Card, Method, Needs, Reduction, Shape, Step
-from pruneval.methods.visionzip import spread
+from pruneval.methods.salience import spread
 
 NEW = 4
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
@@ -329,10 +329,10 @@ def test_beams_answer_as_single_prompts(family):
 
 
 def test_shares_of_the_budget():
-    assert spread(640, [576] * 5) == [128] * 5
-    assert spread(10, [9, 9, 2]) == [5, 4, 2]  # 4.5, 4.5, 1: the first remainder wins; at least two
-    assert spread(20, [9, 9, 2]) == [9, 9, 2]
-    assert spread(9, [0, 30, 60]) == [0, 3, 6]
+    assert spread(640, [576] * 5, least=2) == [128] * 5
+    assert spread(10, [9, 9, 2], least=2) == [5, 4, 2]  # 4.5, 4.5, 1: the first remainder wins; at least two
+    assert spread(20, [9, 9, 2], least=2) == [9, 9, 2]
+    assert spread(9, [0, 30, 60], least=2) == [0, 3, 6]
 
 
 def test_visionzip_spreads_over_tiles_and_drops_newlines():

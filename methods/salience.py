@@ -1,0 +1,143 @@
+"""What methods share that choose among the cells of the vision tower's tiles, before the language model.
+
+The salience of a cell is the attention it gets from the CLS token, or on average where there is no CLS token. A tile's
+share of the budget follows the tokens it has in the prompt, so padding that was cut away has none. Newlines and the CLS
+tokens of Video-LLaVA's frames stand for no cell: they are not ranked, and go unless there is room for all that is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pruneval.methods.base import (
+    Attention,
+    Method,
+    MethodError,
+    Needs,
+    Positions,
+    Reduction,
+    Shape,
+    Step,
+    kept,
+    strongest,
+    torch,
+)
+
+
+@dataclass(frozen=True)
+class Area:
+    """Visual tokens that form a grid.
+
+    Attributes:
+        tokens: (rows * columns,) their numbers 0..N-1, row by row.
+        columns: the grid's width.
+    """
+
+    tokens: torch.Tensor
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """The grid's height."""
+        return len(self.tokens) // max(1, self.columns)
+
+
+@dataclass(frozen=True)
+class PerTile(Method):
+    """Keeps a fraction `keep` of the visual tokens before the language model, tile by tile; order is kept.
+
+    `newline` is drop (as most released codes) or keep: beyond the budget, those of rows in which a token stays.
+    """
+
+    keep: float = 0.5
+    newline: Literal["drop", "keep"] = "drop"
+    position_mode: Positions = "compact"
+
+    def check(self) -> None:
+        if self.newline not in ("drop", "keep"):
+            raise MethodError(f"{self.card.name}: newline must be drop or keep, not {self.newline!r}")
+
+    def needs(self, shape: Shape) -> dict[int, Needs]:
+        return {0: Needs(vision=(shape.feature_layer,))}
+
+    def schedule(self, shape: Shape, n: int) -> list[int]:
+        if self.newline == "keep" and shape.sheets and kept(n, self.keep) < n:
+            raise MethodError(f"{self.card.name}: with newline=keep the count depends on the rows that stay")
+        return [kept(n, self.keep)] * shape.layers
+
+    def score(self, step: Step) -> torch.Tensor:
+        """(N,) higher stays; nan where no cell is."""
+        raise NotImplementedError
+
+    def choose(self, step: Step, shares: list[tuple[Area, int]]) -> list[torch.Tensor]:
+        """Numbers 0..N-1 of the tokens that stay of each tile, as many as its share."""
+        score = self.score(step)
+        return [tile.tokens[strongest(score[tile.tokens], share)] for tile, share in shares]
+
+    def reduce(self, step: Step) -> Reduction | None:
+        count = kept(step.total, self.keep)
+        if count >= step.total:
+            return None
+        areas = tiles(step)
+        sizes = [len(tile.tokens) for tile in areas]
+        chosen = torch.cat(self.choose(step, list(zip(areas, spread(count, sizes), strict=True))))
+        if self.newline == "keep" and step.shape.sheets:
+            return step.keep(torch.cat([chosen, newlines_of(step, chosen)]))
+        ranked = torch.zeros(step.total, dtype=torch.bool, device=chosen.device)
+        ranked[torch.cat([tile.tokens for tile in areas])] = True
+        room = (~ranked).nonzero().squeeze(-1)[: count - len(chosen)]
+        return step.keep(torch.cat([chosen, room]))
+
+
+def salience(attention: Attention, cls: bool) -> torch.Tensor:
+    """(P,) attention from the CLS token to the cells, or what a cell receives on average; mean over heads."""
+    return attention.rows(0)[:, 0, 1:].mean(0) if cls else attention.received().mean(0)
+
+
+def token_salience(step: Step) -> torch.Tensor:
+    """(N,) the salience of the visual tokens in the layer that is projected; nan where no cell is."""
+    cls = step.shape.has_cls
+    return step.vision.to_tokens([salience(each, cls) for each in step.vision.attention(step.shape.feature_layer)])
+
+
+def tiles(step: Step) -> list[Area]:
+    """The tokens of each tile of the tower; some may have none."""
+    if step.shape.sheets:
+        return _on_sheets(step, step.vision.tile_of(), step.vision.tiles)
+    grids, size = step.vision.grids, step.shape.merge
+    numbers = [torch.full((rows * columns * size,), float(tile)) for tile, (rows, columns) in enumerate(grids)]
+    label = step.vision.to_tokens(numbers, fill=-1).to(step.visual.device)
+    return [Area((label == tile).nonzero().squeeze(-1), columns) for tile, (_, columns) in enumerate(grids)]
+
+
+def _on_sheets(step: Step, label: torch.Tensor, count: int) -> list[Area]:
+    """The tokens with each label; they fill a rectangle of their sheet."""
+    column, areas = step.vision.place_of()[:, 1], []
+    for each in range(count):
+        mine = (label == each).nonzero().squeeze(-1)
+        areas.append(Area(mine, len(column[mine].unique())))
+    return areas
+
+
+def newlines_of(step: Step, chosen: torch.Tensor) -> torch.Tensor:
+    """Numbers of the newlines that end a row in which a token was chosen, or a whole image or video."""
+    view = step.vision
+    row = view.sheet_of() * (step.total + 1) + view.place_of()[:, 0]
+    newline = view.is_newline()
+    stays = torch.isin(row, row[chosen]) | ~torch.isin(row, row[~newline])
+    return (newline & stays).nonzero().squeeze(-1)
+
+
+def spread(total: int, sizes: Sequence[int], least: int = 0) -> list[int]:
+    """`total` tokens over tiles in proportion to their sizes (largest remainder).
+
+    `least` of each, even beyond the total; of none more than it has.
+    """
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(part) for part in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda tile: shares[tile] - exact[tile])
+    for tile in by_remainder[: total - sum(shares)]:
+        shares[tile] += 1
+    return [min(size, max(least, share)) for size, share in zip(sizes, shares, strict=True)]
