@@ -179,10 +179,14 @@ class PrunevalModel(lmms):
         return rows
 
     def _generate(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
-        texts, images = self._encode(batch)
+        texts, pictures = self._encode(batch)
         tokenizer = self.loaded.processor.tokenizer
         inputs = self.loaded.processor(
-            images=images or None, text=texts, padding=True, padding_side="left", return_tensors="pt"
+            images=[image for each in pictures for image in each] or None,
+            text=texts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
         ).to(self.loaded.device, self.loaded.model.dtype)
         if session is not None:
             session.sample_keys = [request.key for request in batch]
@@ -203,13 +207,14 @@ class PrunevalModel(lmms):
                 "prompt": text,
                 "prompt_hash": _digest(text),
                 "answer": answer,
+                "image": _picture(images),
                 **budget,
             }
-            for request, text, answer, budget in zip(batch, texts, answers, budgets, strict=True)
+            for request, text, images, answer, budget in zip(batch, texts, pictures, answers, budgets, strict=True)
         ]
 
-    def _encode(self, batch: list[_Request]) -> tuple[list[str], list[Any]]:
-        """Chat texts of a batch and its images, flat, in the order of their placeholders."""
+    def _encode(self, batch: list[_Request]) -> tuple[list[str], list[list[Any]]]:
+        """Chat texts of a batch and each one's images, in the order of their placeholders."""
         from lmms_eval.protocol import ChatMessages
 
         texts, images = [], []
@@ -223,7 +228,7 @@ class PrunevalModel(lmms):
                     chat.model_dump()["messages"], tokenize=False, add_generation_prompt=True
                 )
             )
-            images.extend(pictures)
+            images.append(pictures)
         return texts, images
 
 
@@ -281,6 +286,17 @@ def _positive(batch_size: int | str) -> int:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def _picture(images: list[Any]) -> str | None:
+    """The same text for questions about the same pixels, whose answers are not independent; None without an image."""
+    if not images:
+        return None
+    found = hashlib.sha256()
+    for image in images:
+        found.update(f"{image.mode}{image.size}".encode())
+        found.update(image.tobytes())
+    return found.hexdigest()[:16]
 
 
 def _one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SAMPLE_COLUMNS = (
-    "doc_id", "prompt_hash", "prompt", "answer", "correct", "target",
+    "doc_id", "prompt_hash", "prompt", "image", "answer", "correct", "target",
     "visual_tokens", "avg_in", "kept_after", "final", "keep", "error",
 )  # fmt: skip
 

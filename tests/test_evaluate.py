@@ -188,6 +188,11 @@ def test_prompts_are_those_of_training(name: str, loaded):
     assert found[:3] == json.loads(SNAPSHOT.read_text())[name]
 
 
+def test_questions_about_one_image_are_known(loaded):
+    image = evaluate(loaded, None, tasks.benchmark("pocket-mme"), limit=8).samples.image
+    assert list(image[::2]) == list(image[1::2]) and image.nunique() == 4 and image.map(len).eq(16).all()
+
+
 # Failures -------------------------------------------------------------------------------------------------------------
 
 
