@@ -53,10 +53,11 @@ def choose(method: str, preset: str | None, given: Mapping[str, Any], budget: st
             raise unknown("preset", preset, presets) if presets else UserError(f"{method} has no presets")
         params |= presets[preset]
     params |= given
-    return _solved(method, params, *_asked(budget), model) if budget is not None else params
+    return _solved(method, params, *asked(budget), model) if budget is not None else params
 
 
-def _asked(budget: str) -> tuple[str, float]:
+def asked(budget: str) -> tuple[str, float]:
+    """A text like avg_in=128 as currency and target. Raises: UserError."""
     currency, equals, text = budget.partition("=")
     if not equals:
         raise UserError(f"--budget takes CURRENCY=VALUE, as avg_in=128, not {budget!r}")

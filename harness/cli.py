@@ -38,6 +38,8 @@ examples:
 OUT = Path("runs")
 MODULES = {  # commands with a module of their own, imported when the command is used: `add_arguments` and `main`
     "measure": ("pruneval.harness.measure", "what a method costs on a model, computed from dimensions"),
+    "search": ("pruneval.harness.search.command", "find a method's strategy on calibration samples"),
+    "report": ("pruneval.reports.command", "print the tables of a results folder"),
     "check": ("pruneval.harness.check", "prove the engine's promises for a method on a model"),
 }
 
@@ -96,9 +98,7 @@ def parser(command: str = "") -> argparse.ArgumentParser:
     add("--kernel", help="attention: sdpa, eager, flash_attention_2 (default: sdpa)")
     add("--seed", type=_whole("--seed", 0), default=0, metavar="S", help="of methods that draw at random (default: 0)")
 
-    report = commands.add_parser("report", help="print every table of a results folder", allow_abbrev=False)
-    for each in (run, report):
-        each.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="results folder (default: %(default)s)")
+    add("--out", type=Path, default=OUT, metavar="DIR", help="results folder (default: %(default)s)")
 
     listing = commands.add_parser("list", help="methods, models, suites, benchmarks", allow_abbrev=False)
     listing.add_argument("what", choices=("methods", "models", "suites", "benchmarks"))
@@ -139,10 +139,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.command:
             grammar.print_help()
             return 0
-        out = getattr(args, "out", out)
+        out = args.out if args.command in ("eval", "report") else out
         if args.command in MODULES:
             return int(import_module(MODULES[args.command][0]).main(args))
-        return {"eval": _eval, "report": _report, "list": _list}[args.command](args)
+        return {"eval": _eval, "list": _list}[args.command](args)
     except UserError as error:
         print(f"pruneval: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -212,7 +212,8 @@ def _eval(args: argparse.Namespace) -> int:
 
 def _show(records: list[Any], missed: list[Any], out: Path, title: str) -> None:
     from pruneval.harness.records import write_atomically
-    from pruneval.reports.table import comparison, to_markdown
+    from pruneval.reports.comparison import comparison
+    from pruneval.reports.markdown import to_markdown
 
     text = to_markdown(comparison(records, missed))
     name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in title)
@@ -220,20 +221,6 @@ def _show(records: list[Any], missed: list[Any], out: Path, title: str) -> None:
     write_atomically(path, text.encode())
     print(text)
     print(f"written to {path}", file=sys.stderr)
-
-
-def _report(args: argparse.Namespace) -> int:
-    from pruneval.harness.records import read_records, write_atomically
-    from pruneval.reports.table import comparisons, to_markdown
-
-    records = read_records(args.out)
-    if not records:
-        raise UserError(f"no records in {args.out}; run `pruneval eval` first or say where they are with --out")
-    text = "\n".join(to_markdown(table) for table in comparisons(records))
-    write_atomically(args.out / "tables" / "report.md", text.encode())
-    print(text)
-    print(f"written to {args.out / 'tables' / 'report.md'}", file=sys.stderr)
-    return 0
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from pruneval.harness.session import Session
 
 
+def override(module: nn.Module, forward: Any, stack: ExitStack) -> None:
+    """Lets another function stand for `module.forward`; `stack` puts back what was there."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    stack.callback(setattr, module, "forward", before) if before is not None else stack.callback(
+        delattr, module, "forward"
+    )
+
+
 class Towers:
     """Runs the towers of a model for a method with `encoding`; one `Tiles` or `Packed` per encoding."""
 
@@ -42,8 +51,7 @@ class Towers:
             return
         for number, layers in enumerate(self.adapter.towers):
             for index, layer in enumerate(layers):
-                layer.forward = functools.partial(self._layer, number, index, layer, layer.forward)
-                stack.callback(delattr, layer, "forward")
+                override(layer, functools.partial(self._layer, number, index, layer, layer.forward), stack)
         stack.callback(self.adapter.projector.register_forward_hook(self._projected).remove)
 
     def begin(self, kind: str, arguments: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pruneval.methods.base import Attention, Card, Method, MethodError, Needs, Reduction, Shape, Step, strongest, torch
-from pruneval.methods.gsearch import read_recipe
+from pruneval.methods.recipe import read_recipe
 
 PUBLISHED = Path(__file__).parent / "data" / "fitprune_llava-1.5-7b.json"
 
@@ -109,7 +109,7 @@ class FitPrune(Method):
         data = read_recipe("fitprune", path)
         try:
             layers, tokens = int(data["layers"]), int(data["tokens"])
-            rows = [(int(ratio) / 100, [int(d) for d in deleted]) for ratio, deleted in data["deleted"].items()]
+            rows = [(float(ratio) / 100, [int(d) for d in deleted]) for ratio, deleted in data["deleted"].items()]
         except (KeyError, TypeError, ValueError, AttributeError):
             raise MethodError(f"fitprune: {self.recipe} must have layers, tokens and deleted by percent") from None
         for _, deleted in rows:

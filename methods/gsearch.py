@@ -14,12 +14,11 @@ rounded to the nearest with at least one token, positions stay.
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pruneval.methods.base import Card, MethodError, Needs, Ranking, Shape, Step, torch
+from pruneval.methods.recipe import read_recipe
 
 FIRST = 2  # the first boundary: the paper never reduces what the first two layers read
 
@@ -134,17 +133,6 @@ class GSearch(LayerShares):
             return int(data["layers"]), int(data.get("stride", 3)), dict(sorted(rates.items()))
         except (KeyError, TypeError, ValueError, AttributeError):
             raise MethodError(f"gsearch: {self.recipe} must have layers, stride and rates by boundary") from None
-
-
-def read_recipe(name: str, path: str) -> dict[str, Any]:
-    """What a calibration wrote. Raises: MethodError when the file can't be read."""
-    try:
-        data = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise MethodError(f"{name}: can't read the recipe {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise MethodError(f"{name}: the recipe {path} is not a JSON object")
-    return data
 
 
 def _valid(rates: list[float]) -> None:

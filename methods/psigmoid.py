@@ -17,11 +17,15 @@ from typing import ClassVar
 
 from pruneval.methods.base import Card, MethodError, Shape
 from pruneval.methods.gsearch import FIRST, LayerShares
+from pruneval.methods.recipe import numbers, searched_for
 
 
 @dataclass(frozen=True)
 class PSigmoid(LayerShares):
-    """Keeps on average a share `keep` (the paper's b) of the tokens in all layers but the first two; `slope` is k."""
+    """Keeps on average a share `keep` (the paper's b) of the tokens in all layers but the first two; `slope` is k.
+
+    A `recipe`, as the search writes it, gives both instead.
+    """
 
     card: ClassVar[Card] = Card(
         "psigmoid",
@@ -38,13 +42,20 @@ class PSigmoid(LayerShares):
 
     keep: float = 0.125
     slope: float = 0.2
+    recipe: str = ""
 
     def check(self) -> None:
         super().check()
+        if self.recipe:
+            found = numbers("psigmoid", self.recipe, "layers", "keep", "slope")
+            object.__setattr__(self, "keep", found["keep"])
+            object.__setattr__(self, "slope", found["slope"])
         if not 0 <= self.slope < math.inf:
             raise MethodError(f"psigmoid: slope must be a number from 0, not {self.slope:g}")
 
     def shares(self, shape: Shape) -> dict[int, float]:
+        if self.recipe:
+            searched_for("psigmoid", self.recipe, shape)
         if shape.layers <= FIRST:
             raise MethodError(f"psigmoid: needs more than {FIRST} layers")
         middle = (1 + shape.layers) / 2

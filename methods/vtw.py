@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pruneval.methods.base import Card, Method, MethodError, Needs, Positions, Reduction, Shape, Step
+from pruneval.methods.recipe import numbers, searched_for
 
 
 @dataclass(frozen=True)
 class VTW(Method):
-    """Lets the first `keep` of the layers see the visual tokens, and no other; `layer` is the paper's K, or auto."""
+    """Lets the first `keep` of the layers see the visual tokens, and no other; `layer` is the paper's K, or auto.
+
+    A `recipe`, as the search writes it, gives K instead.
+    """
 
     card: ClassVar[Card] = Card(
         "vtw",
@@ -42,9 +46,14 @@ class VTW(Method):
 
     keep: float = 0.5
     layer: str = "auto"
+    recipe: str = ""
     position_mode: Positions = "original"
 
     def check(self) -> None:
+        if self.recipe and self.layer != "auto":
+            raise MethodError("vtw: give layer or a recipe, not both")
+        if self.recipe:
+            numbers("vtw", self.recipe, "layers", "layer")
         if self.layer != "auto" and not self.layer.isdecimal():
             raise MethodError(f"vtw: layer must be auto or a whole number from 0, not {self.layer!r}")
 
@@ -57,6 +66,9 @@ class VTW(Method):
 
         Raises: MethodError when the model has fewer layers than `layer`.
         """
+        if self.recipe:
+            searched_for("vtw", self.recipe, shape)
+            return int(numbers("vtw", self.recipe, "layer")["layer"])
         if self.layer == "auto":
             return max(1, round(shape.layers * self.keep))
         if int(self.layer) > shape.layers:

@@ -1,0 +1,38 @@
+"""Reading what a search wrote: a small JSON file whose path is a method's `recipe` parameter."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from pruneval.methods.step import MethodError, Shape
+
+
+def read_recipe(name: str, path: str) -> dict[str, Any]:
+    """What a search wrote. Raises: MethodError when the file can't be read."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise MethodError(f"{name}: can't read the recipe {path}: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise MethodError(f"{name}: the recipe {path} is not a JSON object")
+    return data
+
+
+@functools.lru_cache(maxsize=64)
+def numbers(name: str, path: str, *keys: str) -> dict[str, float]:
+    """The numbers a recipe holds under these keys. Raises: MethodError when one is missing."""
+    data = read_recipe(name, path)
+    missing = [key for key in keys if not isinstance(data.get(key), int | float)]
+    if missing:
+        raise MethodError(f"{name}: the recipe {path} must hold {', '.join(missing)}, a number each")
+    return {key: data[key] for key in keys}
+
+
+def searched_for(name: str, path: str, shape: Shape) -> None:
+    """Refuses a recipe for another count of decoder layers. Raises: MethodError."""
+    layers = int(numbers(name, path, "layers")["layers"])
+    if layers != shape.layers:
+        raise MethodError(f"{name}: the recipe is for {layers} layers, this model has {shape.layers}")
