@@ -67,18 +67,22 @@ class Session:
     Attributes:
         sample_keys: names of the samples of the next `generate`, which seed a method's randomness; without them the
             prompt's ids do.
+        questions: texts of the questions of the next `generate`, for methods that read them; without them what the
+            processor makes of the prompts.
         trace: the trace of the last prefill, or None before the first.
     """
 
     def __init__(self, adapter: Adapter, method: Method, seed: int) -> None:
         self.adapter, self.method, self.seed = adapter, method, seed
         self.sample_keys: Sequence[str] | None = None
+        self.questions: Sequence[str] | None = None
         self.trace: Trace | None = None
         self.shape = adapter.shape
         self.needs = method.needs(self.shape)
         self.read = {index for need in self.needs.values() for index in need.attention}
         self.evicting = method.evicting(self.shape)
         self.selecting = method.selecting(self.shape)
+        self.text_tower = adapter.text_tower() if any(need.clip for need in self.needs.values()) else None
         self.towers = Towers(self)
         self.recorder = Recorder()
         self.encoded: list[Encoding] = []
@@ -166,8 +170,9 @@ class Session:
             self.recorder.calls.clear()
             return out
 
+        before = vars(inner).get(name)  # somebody else's wrapper
         setattr(inner, name, encode)
-        stack.callback(delattr, inner, name)
+        stack.callback(setattr, inner, name, before) if before is not None else stack.callback(delattr, inner, name)
 
     # What enters the model
 
@@ -237,7 +242,7 @@ class Session:
         self.trace = run.trace
         self.vision_hidden.clear()
         self.recorder.calls.clear()
-        self.sample_keys = None
+        self.sample_keys = self.questions = None
 
     # Randomness
 
