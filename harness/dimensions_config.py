@@ -5,7 +5,10 @@ Works on the attributes of a config object alone, so neither torch nor transform
 
 from __future__ import annotations
 
+import json
 from math import prod
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pruneval.harness.dimensions import Decoder, Dimensions, Input, Projector, Vision
@@ -20,6 +23,21 @@ GRID = ("qwen2_5_vl", "qwen3_vl")
 OWN = "one tile (or 16 x 16 tokens) and 75 others; no published length"
 
 
+def read(folder: Path, name: str | None = None) -> Dimensions:
+    """The dimensions of the model in a folder. Transformers is imported only for a config that leaves out defaults."""
+    try:
+        written = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"), object_hook=_namespace)
+        return dimensions_of(written, name)
+    except AttributeError:
+        from transformers import AutoConfig
+
+        return dimensions_of(AutoConfig.from_pretrained(folder, local_files_only=True), name)
+
+
+def _namespace(fields: dict[str, Any]) -> SimpleNamespace:
+    return SimpleNamespace(**fields)
+
+
 def dimensions_of(config: Any, name: str | None = None) -> Dimensions:
     """Read the dimensions off a transformers config.
 
@@ -32,12 +50,18 @@ def dimensions_of(config: Any, name: str | None = None) -> Dimensions:
         raise UserError(f"no cost model for the family {family!r}; known: {', '.join(FAMILIES)}")
     tower = config.vision_config
     decoder = _decoder(config)
-    vision = _qwen(tower) if family in GRID else _internvit(tower) if family == "internvl" else _vit(tower)
+    vision = (
+        _qwen(tower, family == "qwen2_5_vl")
+        if family in GRID
+        else _internvit(tower)
+        if family == "internvl"
+        else _vit(tower)
+    )
     common = {"name": name or family, "family": family, "vision": vision, "decoder": decoder}
     full = vision.patches + vision.class_tokens
     if family in GRID:
         merge = tower.spatial_merge_size**2
-        wide, deep = vision.hidden * merge, len(getattr(tower, "deepstack_visual_indexes", ()))
+        wide, deep = vision.hidden * merge, len(tower.deepstack_visual_indexes) if family == "qwen3_vl" else 0
         norm = vision.hidden if family == "qwen2_5_vl" else 2 * vision.hidden + 2 * wide * deep
         projector = Projector(wide, wide, decoder.hidden, norm, merge, 1 + deep)
         side = tower.spatial_merge_size
@@ -65,12 +89,13 @@ def dimensions_of(config: Any, name: str | None = None) -> Dimensions:
 
 def _decoder(config: Any) -> Decoder:
     text = config.text_config
+    own = text.head_dim if config.model_type == "qwen3_vl" else getattr(text, "head_dim", None)
     return Decoder(
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads or text.num_attention_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_dim=own or text.hidden_size // text.num_attention_heads,
         mlp=text.intermediate_size,
         vocab=text.vocab_size,
         qkv_bias=text.model_type.startswith("qwen2"),
@@ -121,9 +146,8 @@ def _internvit(tower: Any) -> Vision:
     )
 
 
-def _qwen(tower: Any) -> Vision:
-    """Qwen2.5-VL (gated, RMS norms, windows) or Qwen3-VL (neither, and a learned position table)."""
-    windows = hasattr(tower, "window_size")
+def _qwen(tower: Any, windows: bool) -> Vision:
+    """Qwen2.5-VL (windows, gated, RMS norms) or Qwen3-VL (none of them, but a learned position table)."""
     return Vision(
         layers=tower.depth,
         hidden=tower.hidden_size,

@@ -50,6 +50,17 @@ class Lengths:
     """Generated tokens. The first one comes out of the prefill."""
     helpers: tuple[Work, ...] = ()
     scoring: tuple[Work, ...] = ()
+    cached: tuple[tuple[int, ...], ...] = field(default=(), kw_only=True)
+    """Visual tokens in each layer's cache after the prefill and after each decode step; `visual` if not given."""
+
+    def stored(self, step: int) -> tuple[int, ...]:
+        """All tokens in each layer's cache after a decode step; step 0 is the prefill."""
+        return tuple(count + self.text + step for count in (self.cached[step] if self.cached else self.visual))
+
+    @property
+    def steps(self) -> int:
+        """Decode steps: the first token comes out of the prefill."""
+        return max(self.new_tokens - 1, 0)
 
     @property
     def llm(self) -> tuple[int, ...]:
@@ -109,9 +120,9 @@ def ledger(dimensions: Dimensions, lengths: Lengths) -> Ledger:
         )
     tokens, seen = lengths.llm, [sum(k * n for k, n in groups) for groups in lengths.vision]
     head = decoder.hidden * decoder.vocab
-    steps = max(lengths.new_tokens - 1, 0)
-    # Step t (1-based) runs one query against the n_l prefill tokens and the t tokens decoded so far, itself included.
-    decode_keys = sum(steps * n + steps * (steps + 1) // 2 for n in tokens)
+    steps = lengths.steps
+    # Step t (from 1) runs one query against what the caches hold before it, and itself.
+    decode_keys = sum(sum(lengths.stored(step - 1)) + decoder.layers for step in range(1, steps + 1))
     return Ledger(
         patch_embedding=lengths.patches * vision.patch_values * vision.hidden,
         vision_linear=vision.projections * sum(seen) + vision.feed * sum(lengths.fed or seen),

@@ -10,18 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pruneval import methods
-from pruneval.harness import conventions, published
-from pruneval.harness.dimensions import Dimensions, load
-from pruneval.harness.dimensions_config import dimensions_of
+from pruneval.harness import conventions, models, published
+from pruneval.harness.declared import declared
+from pruneval.harness.dimensions import Dimensions, load, names
+from pruneval.harness.dimensions_config import FAMILIES, read
 from pruneval.harness.errors import UserError, unknown
 from pruneval.harness.flops import Lengths, ledger, lengths_of
 from pruneval.harness.kv_cache import kv_bytes, kv_bytes_full_heads, kv_ratio
-from pruneval.harness.scoring import scoring, shape_of
 
 
 def implied(
@@ -59,19 +58,9 @@ def implied(
         dimensions, tiles=tiles, frames=frames, visual=visual_tokens, text=text_tokens, new_tokens=new_tokens
     )
     overrides = {"tiles": tiles, "frames": frames, "visual tokens": visual_tokens, "text tokens": text_tokens}
-    try:
-        shape = shape_of(dimensions)
-        built.needs(shape)  # refuses what the method cannot do on this model
-        plan = built.schedule(shape, whole.given)
-        lengths = replace(whole, visual=tuple(plan))
-        lengths = replace(lengths, scoring=scoring(built, dimensions, lengths))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except NotImplementedError as error:
-        raise UserError(f"{built.signature} declares no schedule for {model}") from error
+    lengths, left = declared(built, dimensions, whole)
     found = cost(dimensions, lengths, convention)
-    if built.card.merges:
-        found["not_counted"].append("merging: similarities, sums and the projection of merged tokens")
+    found["not_counted"] += left
     return {
         "model": model,
         "method": method,
@@ -94,7 +83,8 @@ def cost(
     """The cost of one sample from its lengths, declared or observed, as a flat dictionary ready for JSON.
 
     `tflops` and `tmacs` are the prefill under the convention, `decode_tflops` the tokens after the first, `macs`
-    every part of the ledger in multiply-adds, `kv_bytes` the cache after the prefill.
+    every part of the ledger in multiply-adds, `kv_bytes` the cache after the prefill and `kv_bytes_end` after the
+    last token.
     """
     chosen = conventions.convention(convention)
     counted = ledger(dimensions, lengths)
@@ -113,9 +103,11 @@ def cost(
         "decode_tflops": chosen.factor * chosen.decode_macs(counted) / 1e12,
         "params_b": sum(dimensions.params[part] for part in covered) / 1e9,
         "params_parts": list(covered),
-        "kv_ratio": kv_ratio(lengths.visual, lengths.given),
-        "kv_bytes": kv_bytes(dimensions.decoder, lengths.llm, bytes_per_value),
-        "kv_bytes_full_heads": kv_bytes_full_heads(dimensions.decoder, lengths.llm, bytes_per_value),
+        "kv_ratio": kv_ratio(_visual(lengths, 0), lengths.given),
+        "kv_ratio_end": kv_ratio(_visual(lengths, -1), lengths.given),
+        "kv_bytes": kv_bytes(dimensions.decoder, lengths.stored(0), bytes_per_value),
+        "kv_bytes_end": kv_bytes(dimensions.decoder, lengths.stored(lengths.steps), bytes_per_value),
+        "kv_bytes_full_heads": kv_bytes_full_heads(dimensions.decoder, lengths.stored(0), bytes_per_value),
         "visual": lengths.given,
         "text": lengths.text,
         "patches": lengths.patches,
@@ -131,13 +123,15 @@ def cost(
     }
 
 
-def dimensions_for(model: str) -> Dimensions:
-    """Shipped facts, or those of a model in a folder; only the latter needs transformers."""
-    if not Path(model, "config.json").is_file():
-        return load(model)
-    from transformers import AutoConfig
+def _visual(lengths: Lengths, step: int) -> tuple[int, ...]:
+    return lengths.cached[step] if lengths.cached else lengths.visual
 
-    return dimensions_of(AutoConfig.from_pretrained(model, local_files_only=True), name=model)
+
+def dimensions_for(model: str) -> Dimensions:
+    """Shipped facts, or those of a model that comes with the package or lies in a folder."""
+    if model not in names() and model in models.names():
+        return read(models.packaged(model), name=model)
+    return read(Path(model), name=model) if Path(model, "config.json").is_file() else load(model)
 
 
 def _build(method: str, params: Mapping[str, Any] | None) -> Any:
@@ -167,6 +161,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--published", metavar="TABLE", help=f"a published table beside the ledger: {', '.join(published.TABLES)}"
     )
     parser.add_argument(
+        "--check",
+        metavar="FAMILY",
+        help="a tiny random model of the family, counted by the ledger, torch and calflops side by side",
+    )
+    parser.add_argument(
         "--convention", default="gsearch", metavar="NAME", help=f"one of {', '.join(conventions.CONVENTIONS)}"
     )
     for name, what in (
@@ -188,12 +187,14 @@ def main(args: argparse.Namespace) -> int:
         rows = published.compare(args.published)
         print(json.dumps([row.as_dict() for row in rows], indent=1) if args.json else to_markdown(args.published, rows))
         return 0
-    if not args.implied:
-        raise UserError("only implied cost can be measured without a device; pass --implied")
-    if not args.model:
-        raise UserError("say which model: --model NAME")
     from pruneval.harness import budgets  # it prices with this module
 
+    if args.check:
+        return _check(args.check, args.method, budgets.parameters(args.set), args.json)
+    if not args.implied:
+        raise UserError("say --implied, --published TABLE or --check FAMILY; what needs a run is `pruneval bench`")
+    if not args.model:
+        raise UserError("say which model: --model NAME")
     found = implied(
         args.model,
         args.method,
@@ -206,6 +207,18 @@ def main(args: argparse.Namespace) -> int:
         new_tokens=args.new_tokens,
     )
     print(json.dumps(found, indent=1) if args.json else to_text(found))
+    return 0
+
+
+def _check(family: str, method: str, given: Mapping[str, Any], as_json: bool) -> int:
+    if family not in FAMILIES:
+        raise unknown("family", family, FAMILIES)
+    _build(method, given)  # refuses what does not exist before anything heavy is imported
+    from pruneval.harness import counters
+
+    counts = counters.compare(family, method, given)
+    text = [count.as_dict() for count in counts]
+    print(json.dumps(text, indent=1) if as_json else counters.to_text(family, method, counts))
     return 0
 
 
@@ -225,6 +238,7 @@ def to_text(found: Mapping[str, Any]) -> str:
         f"  visual tokens   {found['avg_in']:.1f} per layer ({found['keep']:.1%}), {found['kept_after']} at the end",
         f"  KV cache        {found['kv_bytes'] / 1e6:.1f} MB at 16 bit, ratio of visual tokens {found['kv_ratio']:.3f}",
         f"                  {found['kv_bytes_full_heads'] / 1e6:.1f} MB if every head had keys and values of its own",
+        f"                  {found['kv_bytes_end'] / 1e6:.1f} MB after the last of {found['new_tokens']} new tokens",
         f"  parameters      {found['params_b']:.2f} B ({', '.join(found['params_parts'])})",
         "  not counted     " + "\n                  ".join(found["not_counted"]),
         f"  lengths from    {found['lengths_from']}",

@@ -125,7 +125,7 @@ def locate(name_or_path: str) -> Located:
         check_folder(own)
         return Located(row, own, folder_hash(own))
     if row.packaged:
-        folder = _ROOT / row.packaged
+        folder = packaged(row.name)
         check_folder(folder)
         return Located(row, folder, folder_hash(folder))
     from pruneval.harness import hub
@@ -133,6 +133,11 @@ def locate(name_or_path: str) -> Located:
     folder = hub.fetch(row)
     check_folder(folder)
     return Located(row, folder, row.revision or folder.name)  # the cache names a snapshot by its commit
+
+
+def packaged(name: str) -> Path:
+    """The folder of a model that comes with the package."""
+    return _ROOT / entry(name).packaged
 
 
 def _in_users_folder(row: ModelEntry) -> Path | None:

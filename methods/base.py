@@ -14,6 +14,7 @@ torch is imported when it is first used, so cards can be listed without it: meth
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -161,6 +162,15 @@ class Method:
         Declared, not observed: the tests compare it with the trace. Raises: MethodError when it depends on the sample.
         """
         raise NotImplementedError
+
+    def caching(self, shape: Shape, entered: Sequence[int], generated: int) -> list[int]:
+        """Visual tokens that each layer's cache holds once `generated` tokens have been read after the prompt.
+
+        Declared like `schedule`, of the `entered` ones of each layer. Raises: MethodError when it is not known.
+        """
+        if self.evicting(shape):
+            raise MethodError(f"{self.card.name}: what leaves the caches while the answer is generated is not declared")
+        return list(entered)
 
     @property
     def position_ids(self) -> Positions:

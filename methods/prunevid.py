@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -100,6 +101,9 @@ class PruneVid(Method):
         if self.stages == "merge":
             return [n] * shape.layers
         return [n] * (self.layer + 1) + [self.share(n)] * (shape.layers - self.layer - 1)
+
+    def caching(self, shape: Shape, entered: Sequence[int], generated: int) -> list[int]:
+        return [min(entered)] * shape.layers if self.earlier == "shrunk" else list(entered)
 
     def share(self, n: int) -> int:
         """Tokens that stay of a group of n."""

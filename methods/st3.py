@@ -14,6 +14,7 @@ Text and generated tokens stay, and position ids are never renumbered.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -102,6 +103,9 @@ class ST3(Ranking):
         """m_l(t): visual tokens in a layer's cache after `generated` tokens, of the `entered` ones of the prompt."""
         part = min(1.0, generated // self.every * self.every / self.span)
         return min(entered, max(1, math.floor(entered * (1 - (1 - (self.decode_keep or self.keep)) * part) + ROUNDING)))
+
+    def caching(self, shape: Shape, entered: Sequence[int], generated: int) -> list[int]:
+        return [self.remaining(count, generated) if self.evicting(shape) else count for count in entered]
 
     def at_decode(self, step: DecodeStep) -> torch.Tensor | None:
         seen = step.attention.rows(-1)[:, 0].mean(0)[step.visual]

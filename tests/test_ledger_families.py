@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pruneval import methods
 from pruneval.harness import kv_cache, subjects
 from pruneval.harness.adapters import adapter_for
+from pruneval.harness.declared import declared
 from pruneval.harness.dimensions_config import dimensions_of
-from pruneval.harness.flops import ledger
+from pruneval.harness.flops import ledger, lengths_of
 from pruneval.harness.observed import observing
 from pruneval.harness.scoring import scoring, shape_of
 from pruneval.harness.session import pruned
@@ -90,3 +91,35 @@ def test_the_cache_holds_what_the_formula_says(family, name):
         stored = [session.trace.stored(layer).width + NEW - 1 for layer in range(trace.layers)]
     assert kv_cache.held(out.past_key_values) == [kv_cache.kv_bytes(decoder, [tokens], 8) for tokens in stored]
     assert kv_cache.resident(out.past_key_values) == kv_cache.held(out.past_key_values)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("st3", {"first": 1, "stride": 1, "keep": 0.3, "every": 2, "span": 6, "decode_keep": 0.4}),
+        ("prunevid", {"layer": 1}),
+        ("fastv", {}),
+    ],
+    ids=["st3", "prunevid", "fastv"],
+)
+def test_declared_caches_are_those_of_the_trace(name, params):
+    model, method, steps = subjects.tiny("llava"), methods.build(name, params), 8
+    with torch.no_grad(), pruned(model, method) as session:
+        model.generate(**_sample("llava", 0), max_new_tokens=steps, do_sample=False)
+    trace, visual = session.trace, lambda layout: int(layout.samples[0].visual.sum())
+    entered = [visual(trace.entering(layer)) for layer in range(trace.layers)]
+    for step in range(steps):
+        held = [visual(trace.stored(layer, step)) for layer in range(trace.layers)]
+        assert method.caching(session.shape, entered, step) == held
+    assert (held != entered) == (name != "fastv")
+
+
+@pytest.mark.parametrize("params", [{}, {"keep": 0.25}], ids=str)
+def test_the_declared_tower_is_the_observed_one(params):
+    model, dimensions, method = subjects.tiny("llava"), _dimensions("llava"), methods.build("tome", params)
+    with torch.no_grad(), pruned(model, method) as session, observing(session.adapter, dimensions) as seen:
+        model(**_sample("llava", 0), logits_to_keep=1)
+    observed = seen.lengths(session.trace)
+    found, _ = declared(method, dimensions, lengths_of(dimensions, text=observed.text))
+    assert (found.vision, found.fed) == (observed.vision, observed.fed)
+    assert (found.visual, found.projector) == (observed.visual, observed.projector)

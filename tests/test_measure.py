@@ -11,7 +11,7 @@ import time
 import pytest
 
 from pruneval import methods
-from pruneval.harness import measure
+from pruneval.harness import measure, models
 from pruneval.harness.conventions import CONVENTIONS
 from pruneval.harness.dimensions import load, names
 from pruneval.harness.errors import UserError
@@ -59,6 +59,52 @@ def test_every_model_in_every_convention(model, convention):
     assert json.loads(json.dumps(pruned)) == pruned
 
 
+@pytest.mark.parametrize("model", models.names())
+def test_every_model_with_every_method_has_a_cost_or_a_reason(model):
+    start, refused = time.perf_counter(), []
+    for name in methods.names():
+        try:
+            found = measure.implied(model, name, new_tokens=5)
+        except UserError as error:
+            refused.append((name, str(error)))
+            continue
+        assert set(found) >= FIELDS
+        assert found["tflops"] > 0 and found["kv_bytes"] > 0 and found["kv_bytes_end"] > 0
+        assert 0 <= found["kept_after"] <= found["avg_in"] <= found["visual"]
+        assert found["not_counted"]
+        assert json.loads(json.dumps(found)) == found
+    assert time.perf_counter() - start < 2 * len(methods.names())
+    assert all(name in reason and "\n" not in reason for name, reason in refused)
+    assert "vanilla" not in dict(refused) and "fastv" not in dict(refused)
+
+
+def test_what_leaves_the_caches_while_decoding_is_in_the_implied_cache(capsys):
+    words = ("--model", "llava-1.5-7b", "--method", "st3", "--implied", "--new-tokens", "65")
+    found = _document(capsys, *words)
+    method, entered = methods.build("st3"), found["per_layer"]
+    left = [method.remaining(count, 64) for count in entered]
+    assert sum(left) < sum(entered)
+    assert found["kv_bytes_end"] == 2 * 2 * 4096 * (sum(left) + 32 * (74 + 64))
+    assert found["kv_ratio_end"] == pytest.approx(sum(left) / (32 * 576))
+    kept = _document(capsys, *words, "--set", "decode_keep=1")
+    assert kept["kv_bytes_end"] == kept["kv_bytes"] + 2 * 2 * 4096 * 32 * 64
+    assert found["decode_tflops"] < kept["decode_tflops"]
+    assert found["tflops"] == kept["tflops"]
+
+
+def test_what_a_method_does_not_declare_is_named(capsys):
+    found = _document(capsys, "--model", "llava-1.5-7b", "--method", "dycoke", "--implied")
+    assert any("attend to fewer" in text for text in found["not_counted"])
+
+
+def test_what_leaves_inside_the_tower_is_in_the_implied_cost():
+    whole, merged = (measure.implied("llava-1.5-7b", name)["macs"] for name in ("vanilla", "tome"))
+    for part in ("vision_linear", "vision_attention", "projector"):
+        assert merged[part] < whole[part]
+    assert measure.implied("llava-1.5-7b", "flowcut")["macs"]["vision_linear"] == whole["vision_linear"]
+    assert any("counted whole" in text for text in measure.implied("llava-1.5-7b", "flowcut")["not_counted"])
+
+
 def test_fastv_on_llava_as_published(capsys):
     """G-Search, Table 8."""
     found = _document(capsys, "--model", "llava-1.5-7b", "--method", "fastv", "--set", "keep=0.5", "--implied")
@@ -103,6 +149,8 @@ def test_overrides(capsys):
         (["--model", "llava-1.5-7b"], "--implied"),
         (["--implied"], "--model"),
         (["--published", "gsearch/table99"], "unknown published table"),
+        (["--check", "lava"], "unknown family 'lava'; did you mean 'llava'"),
+        (["--check", "llava", "--method", "fsatv"], "unknown method 'fsatv'; did you mean 'fastv'"),
     ],
 )
 def test_nonsense_is_one_clear_line(words, message):
