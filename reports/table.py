@@ -1,229 +1,120 @@
-"""The comparison table: methods against vanilla, one column per benchmark. A pure function of records."""
+"""What a renderer gets: a table of cells that know their value, the runs behind it and how it ranks.
+
+Every renderer (`markdown`, `latex`, `html`, `delimited`) is a pure function of a `Table`; nothing here reads files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from pruneval.harness.records import RunRecord, RunSpec
-from pruneval.tasks import Benchmark, benchmarks
-
-REFERENCE = "vanilla"
+BEST, SECOND = "best", "second"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One printed cell; `note` becomes a footnote."""
+    """One printed cell."""
 
     text: str
-    note: str = ""
+    value: float | None = None
+    """The number behind the text at full precision; None where there is none, which is not the same as 0."""
+    notes: tuple[str, ...] = ()
+    """Each becomes a footnote."""
+    mark: str = ""
+    """A sign behind the text that a note of the table explains, such as "°" or "(?)"."""
+    rank: str = ""
+    """"best" or "second" among the rows it is compared with."""
+    signatures: tuple[str, ...] = ()
+    """What was run, for all of these numbers; for a published number its source."""
+    runs: tuple[str, ...] = ()
+    """The folders of the records this number was worked out from."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column behind the first."""
+
+    heading: str
+    higher_is_better: bool | None = None
+    """None where cells are not ranked."""
+    group: str = ""
+    """Neighbours with the same group stand under one heading."""
+    numeric: bool = True
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one model."""
+    """One line: a label and as many cells as the table has columns."""
 
-    method: str
+    label: str
     cells: tuple[Cell, ...]
-    signature: str
+    section: str = ""
+    """Rows of a section stand together under its title."""
+    ranked: bool = True
+    """False for the unpruned model, for differences, and for whatever else no row competes with."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a renderer needs, rounded and worded already."""
+    """A whole table, rounded and worded already."""
 
     title: str
-    columns: tuple[str, ...]
+    head: str
+    """The heading of the labels."""
+    columns: tuple[Column, ...]
     rows: tuple[Row, ...]
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    pocket: bool = False
+    """True when its numbers come from pocket editions."""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row.cells) != len(self.columns):
+                raise ValueError(f"row {row.label!r} has {len(row.cells)} cells for {len(self.columns)} columns")
+
+    @property
+    def signatures(self) -> tuple[str, ...]:
+        """Every signature once, in the order of the rows."""
+        return tuple(dict.fromkeys(name for row in self.rows for cell in row.cells for name in cell.signatures))
 
 
-def comparisons(records: Iterable[RunRecord]) -> list[Table]:
-    """One table per edition, model and setting: numbers that may not be compared never stand in one table."""
-    records = list(records)
-    revisions: dict[str, set[str]] = {}
-    for record in records:
-        revisions.setdefault(record.spec.benchmark, set()).add(record.spec.data)
-    groups: dict[tuple[Any, ...], list[RunRecord]] = {}
-    for record in records:
-        spec = record.spec
-        data = spec.data if len(revisions[spec.benchmark]) > 1 else ""
-        key = (spec.edition, spec.model, spec.revision, spec.dtype, spec.kernel, spec.limit or 0, spec.seed)
-        groups.setdefault((*key, data, spec.version), []).append(record)
-    return [comparison(group) for _, group in sorted(groups.items())]
+def ranked(columns: Sequence[Column], rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows with best and second best marked per column and section.
 
-
-def comparison(records: Iterable[RunRecord], missed: Iterable[tuple[RunSpec, str]] = ()) -> Table:
-    """The table of records of one model in one setting.
-
-    Args:
-        records: done and failed ones, in any order.
-        missed: cells that could not be tried, each with the reason.
+    Equal printed numbers share a rank; two that share the first leave no second. A lone number has no rank, and of two
+    only the better has one.
     """
-    found = {(record.spec.method_signature, record.spec.benchmark): record for record in records}
-    reasons = {(spec.method_signature, spec.benchmark): reason for spec, reason in missed}
-    specs = [record.spec for record in found.values()] + [spec for spec, _ in missed]
-    if not specs:
-        raise ValueError("a table needs at least one record")
-    known = benchmarks()
-    names = [name for name in known if any(spec.benchmark == name for spec in specs)]
-    kinds = {spec.method_signature: spec for spec in sorted(specs, key=_order)}
-    base = {name: found.get((_reference(kinds), name)) for name in names}
-    counts = {
-        name: {_count(record, known[name]) for (_, b), record in found.items() if b == name and record.done}
-        for name in names
-    }
-    rows = []
-    for kind, spec in kinds.items():
-        mine = {name: found.get((kind, name)) for name in names}
-        cells = [_score(mine[name], known[name], reasons.get((kind, name), ""), counts[name]) for name in names]
-        rows.append(
-            Row(
-                kind,
-                (*cells, _average(mine, known), _relative(mine, base, known), _budget(mine)),
-                _signature(spec, mine),
-            )
-        )
-    one = specs[0]
-    pocket = one.edition == "pocket"
-    title = f"{one.model}: {'pocket scores, ' if pocket else ''}{len(names)} benchmark{'s' * (len(names) > 1)}"
-    if one.limit:
-        title += f", the first {one.limit} questions of each"
-    columns = [_heading(known[name], counts[name]) for name in names]
-    average = "average, pocket (% of maximum)" if pocket else "average (% of maximum)"
-    return Table(
-        title,
-        ("method", *columns, average, "relative to vanilla (%)", "visual tokens (avg_in)"),
-        tuple(rows),
-        _notes(pocket),
-    )
+    rows = list(rows)
+    for at, column in enumerate(columns):
+        if column.higher_is_better is None:
+            continue
+        for section in dict.fromkeys(row.section for row in rows):
+            among = [i for i, row in enumerate(rows) if row.ranked and row.section == section]
+            for i, rank in _ranks([rows[i].cells[at] for i in among], column.higher_is_better, among):
+                cells = list(rows[i].cells)
+                cells[at] = replace(cells[at], rank=rank)
+                rows[i] = replace(rows[i], cells=tuple(cells))
+    return tuple(rows)
 
 
-def _order(spec: RunSpec) -> tuple[bool, str, str]:
-    return (spec.method != REFERENCE, spec.method, spec.method_signature)
-
-
-def _reference(kinds: Mapping[str, RunSpec]) -> str:
-    return next((kind for kind, spec in kinds.items() if spec.method == REFERENCE), "")
-
-
-def _notes(pocket: bool) -> tuple[str, ...]:
-    notes = [
-        "± is one standard error. The average is the mean of the scores as percent of their maximum; relative to "
-        "vanilla is the mean of score / vanilla's score. avg_in is the mean over layers of the visual tokens that "
-        "enter a layer, observed while running."
+def _ranks(cells: Sequence[Cell], higher: bool, places: Sequence[int]) -> list[tuple[int, str]]:
+    printed = [(places[i], number) for i, cell in enumerate(cells) if (number := _printed(cell)) is not None]
+    order = sorted((number for _, number in printed), reverse=higher)
+    if len(order) < 2 or order[0] == order[-1]:
+        return []
+    second = order[1] if len(order) > 2 and order[1] not in (order[0], order[-1]) else None
+    return [
+        (place, BEST if number == order[0] else SECOND)
+        for place, number in printed
+        if number == order[0] or number == second
     ]
-    if pocket:
-        notes.append("Pocket scores come from a small drawn world; they are not scores of the published benchmarks.")
-    return tuple(notes)
 
 
-def _value(record: RunRecord | None, row: Benchmark) -> float | None:
-    if record is None or not record.done:
+def _printed(cell: Cell) -> float | None:
+    """The number as printed, so that cells that look equal are equal; None when there is none."""
+    if cell.value is None:
         return None
-    return float(record.scores[row.metric]["value"])
-
-
-def _count(record: RunRecord, row: Benchmark) -> int:
-    return int(record.samples["rows"]) if record.samples else int(record.scores[row.metric]["n"])
-
-
-def _heading(row: Benchmark, counts: set[int]) -> str:
-    arrow = "" if row.higher_is_better else ", lower is better"
-    n = f", n={min(counts)}" if len(counts) == 1 else ""
-    return f"{row.title} ({row.unit}{arrow}{n})" if "(" not in row.title else f"{row.title} [{row.unit}{arrow}{n}]"
-
-
-def _score(record: RunRecord | None, row: Benchmark, reason: str, counts: set[int]) -> Cell:
-    if record is None:
-        return Cell("not run", reason or "not run yet")
-    if not record.done:
-        error = record.error or {}
-        return Cell(
-            "failed", f"failed at sample {error.get('sample', '?')}: {error.get('message', 'no reason recorded')}"
-        )
-    score = record.scores[row.metric]
-    digits = 1 if row.scale != 1 or row.maximum <= 100 else 0
-    text = f"{score['value'] * row.scale:.{digits}f}"
-    if score.get("stderr") is not None:
-        text += f" ±{score['stderr'] * row.scale:.{digits}f}"
-    if len(counts) > 1:
-        text += f" (n={_count(record, row)})"
-    return Cell(text)
-
-
-def _average(mine: Mapping[str, RunRecord | None], known: Mapping[str, Benchmark]) -> Cell:
-    shares = [
-        100 * value / known[name].maximum
-        for name, record in mine.items()
-        if (value := _value(record, known[name])) is not None
-    ]
-    return Cell(f"{sum(shares) / len(shares):.1f}") if len(shares) == len(mine) else Cell("-")
-
-
-def _relative(
-    mine: Mapping[str, RunRecord | None], base: Mapping[str, RunRecord | None], known: Mapping[str, Benchmark]
-) -> Cell:
-    shares = []
-    for name, record in mine.items():
-        value, reference = _value(record, known[name]), _value(base[name], known[name])
-        if value is None or not reference:
-            return Cell("-")
-        shares.append(100 * value / reference)
-    return Cell(f"{sum(shares) / len(shares):.1f}")
-
-
-def _mean(mine: Mapping[str, RunRecord | None], key: str) -> float | None:
-    """Mean over all samples of all benchmarks."""
-    weighted = [
-        (record.budget[key], record.samples["rows"])
-        for record in mine.values()
-        if record and record.samples and key in record.budget
-    ]
-    total = sum(rows for _, rows in weighted)
-    return sum(value * rows for value, rows in weighted) / total if total else None
-
-
-def _budget(mine: Mapping[str, RunRecord | None]) -> Cell:
-    kept, whole = _mean(mine, "avg_in"), _mean(mine, "visual_tokens")
-    if kept is None or not whole:
-        return Cell("-")
-    return Cell(
-        f"{kept:.1f} of {whole:g} ({100 * kept / whole:.1f}%)"
-        if round(whole) == whole
-        else f"{kept:.1f} of {whole:.1f}"
-    )
-
-
-def _signature(spec: RunSpec, mine: Mapping[str, RunRecord | None]) -> str:
-    return spec.signature(_mean(mine, "avg_in"))
-
-
-def to_markdown(table: Table) -> str:
-    """The table as Markdown, its footnotes and every row's signature below it."""
-    notes: dict[str, int] = {}
-
-    def shown(cell: Cell) -> str:
-        text = cell.text.replace("|", "\\|")
-        return f"{text} [{notes.setdefault(cell.note, len(notes) + 1)}]" if cell.note else text
-
-    body = [[row.method.replace("|", "\\|"), *map(shown, row.cells)] for row in table.rows]
-    widths = [max(len(line[column]) for line in [list(table.columns), *body]) for column in range(len(table.columns))]
-    lines = [f"# {table.title}", ""]
-    for number, line in enumerate([list(table.columns), *body]):
-        padded = [
-            text.ljust(width) if at == 0 else text.rjust(width)
-            for at, (text, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("| " + " | ".join(padded) + " |")
-        if number == 0:
-            lines.append(
-                "|"
-                + "|".join("-" * (width + 2) if at == 0 else "-" * (width + 1) + ":" for at, width in enumerate(widths))
-                + "|"
-            )
-    lines += [""] + [f"[{number}] {note}  " for note, number in notes.items()] + [""] * bool(notes)
-    lines += [f"{note}  " for note in table.notes]
-    lines += ["", *(f"- `{row.signature}`" for row in table.rows)]
-    return "\n".join(lines) + "\n"
+    try:
+        return float(cell.text.split()[0].replace(",", "").replace("−", "-").rstrip("%"))
+    except (ValueError, IndexError):
+        return cell.value

@@ -8,7 +8,8 @@ import pytest
 
 from pruneval.harness.records import RunRecord
 from pruneval.harness.spec import RunSpec
-from pruneval.reports.table import comparison, comparisons, to_markdown
+from pruneval.reports.comparison import comparison, comparisons
+from pruneval.reports.markdown import to_markdown
 
 SPEC = RunSpec(
     model="pocket-llava", revision="0123456789ab", method="vanilla", params={}, given={}, benchmark="pocket-mme",
