@@ -24,6 +24,7 @@ METHODS = {  # name: class, in the module of the same name
     "tome": "ToMe",
     "flowcut": "FlowCut",
     "visionzip": "VisionZip",
+    "vflowopt": "VFlowOpt",
     "vtw": "VTW",
     "gsearch": "GSearch",
     "psigmoid": "PSigmoid",
