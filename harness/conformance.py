@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pruneval import methods
+from pruneval.harness.adapters import Adapter, adapter_for
 from pruneval.harness.errors import UserError
 from pruneval.harness.session import Session, pruned
 from pruneval.methods.base import Method, MethodError, Step
@@ -46,6 +47,7 @@ class Subject:
         batch: samples -> one left-padded batch.
         text: a prompt without images, or None.
         tolerance: largest difference between logits that should be equal, relative to their spread.
+        adapter: the adapter of a model, with whatever its methods need besides.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Subject:
     batch: Callable[..., Inputs]
     text: Inputs | None = None
     tolerance: float = 1e-6
+    adapter: Callable[[nn.Module], Adapter] = adapter_for
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,11 @@ class Case:
     def model(self) -> nn.Module:
         """The model under the default kernel."""
         return self.subject.model("sdpa")
+
+    def pruned(self, method: Method, model: nn.Module | None = None) -> AbstractContextManager[Session]:
+        """The block in which the subject's model (or `model`) is pruned."""
+        model = self.model if model is None else model
+        return pruned(model, method, adapter=self.subject.adapter(model))
 
 
 def generate(model: Any, inputs: Inputs, **options: Any) -> Any:
@@ -112,7 +120,7 @@ def keep_all(case: Case) -> None:
         raise NotApplicable("has no keep parameter")
     inputs = case.subject.batch(*case.subject.samples)
     expected = steps(generate(case.model, inputs))
-    with pruned(case.model, case.method(1.0)):
+    with case.pruned(case.method(1.0)):
         found = steps(generate(case.model, inputs))
     if not torch.equal(found, expected):
         raise Broken(f"logits differ from the plain model's by {float((found - expected).abs().max()):.2g}")
@@ -120,7 +128,7 @@ def keep_all(case: Case) -> None:
 
 def layers_once(case: Case) -> None:
     """Every decoder layer runs exactly once per prefill."""
-    with pruned(case.model, case.method()) as session, _counting(session) as calls:
+    with case.pruned(case.method()) as session, _counting(session) as calls:
         generate(case.model, case.subject.samples[0], max_new_tokens=1, min_new_tokens=1)
     wrong = {layer: count for layer, count in enumerate(calls) if count != 1}
     if wrong:
@@ -153,7 +161,7 @@ def tower_lengths(case: Case) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         entered.setdefault(index, []).append(hidden.shape[-2])
 
-    with torch.no_grad(), pruned(case.model, method) as session, ExitStack() as stack:
+    with torch.no_grad(), case.pruned(method) as session, ExitStack() as stack:
         if not method.encoding(session.shape):
             raise NotApplicable("leaves the vision tower alone")
         for tower in range(len(session.adapter.towers)):
@@ -176,7 +184,7 @@ def tower_lengths(case: Case) -> None:
 def cache_lengths(case: Case) -> None:
     """The KV length of each layer equals the trace, after prefill and after every decoded token."""
     inputs = case.subject.batch(*case.subject.samples)
-    with pruned(case.model, case.method()) as session:
+    with case.pruned(case.method()) as session:
         for new in (1, NEW):
             cache = generate(case.model, inputs, max_new_tokens=new, min_new_tokens=new).past_key_values
             for layer in range(session.shape.layers):
@@ -189,7 +197,7 @@ def cache_lengths(case: Case) -> None:
 def text_stays(case: Case) -> None:
     """Text tokens are never dropped, and no token goes on twice."""
     inputs = case.subject.batch(*case.subject.samples)
-    with torch.no_grad(), pruned(case.model, case.method()) as session:
+    with torch.no_grad(), case.pruned(case.method()) as session:
         case.model(**inputs)
         for row, prompt in enumerate(session.trace.prompt.samples):
             text = prompt.origin[~prompt.visual]
@@ -205,7 +213,7 @@ def positions(case: Case) -> None:
     """Each layer rotates the survivors at the position ids the layout declares: kept, or renumbered from 0."""
     seen: dict[int, Any] = {}
     sample = case.subject.samples[0]
-    with torch.no_grad(), pruned(case.model, case.method()) as session:
+    with torch.no_grad(), case.pruned(case.method()) as session:
 
         def note(index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             seen[index] = kwargs["position_embeddings"]
@@ -241,7 +249,7 @@ def masking(case: Case) -> None:
         raise NotApplicable("renumbers positions, which no mask can do")
     sample = case.subject.samples[-1]
     with torch.no_grad():
-        with pruned(case.model, method) as session:
+        with case.pruned(method) as session:
             dropped = case.model(**sample).logits[:, -1]
         if any(bool(layout.samples[0].made.any()) for layout in session.trace.layouts):
             raise NotApplicable("makes tokens of its own, so there is nothing to mask")
@@ -271,7 +279,7 @@ def masking(case: Case) -> None:
 
 def batches(case: Case) -> None:
     """A ragged, left-padded batch gives what its samples give one by one."""
-    with pruned(case.model, case.method()) as session:
+    with case.pruned(case.method()) as session:
         singles = []
         for key, sample in _samples(case):
             session.sample_keys = [key]
@@ -286,7 +294,7 @@ def text_only(case: Case) -> None:
     if case.subject.text is None:
         raise NotApplicable("no text-only prompt for this model")
     expected = steps(generate(case.model, case.subject.text))
-    with pruned(case.model, case.method()):
+    with case.pruned(case.method()):
         alone = steps(generate(case.model, case.subject.text))
         mixed = steps(generate(case.model, case.subject.batch(case.subject.samples[0], case.subject.text)))[1:]
     if not torch.equal(alone, expected):
@@ -299,14 +307,14 @@ def kernels(case: Case) -> None:
     found = []
     for kernel in ("sdpa", "eager"):
         model = case.subject.model(kernel)
-        with pruned(model, case.method()):
+        with case.pruned(case.method(), model):
             found.append(steps(generate(model, case.subject.samples[0])))
     _same(found[0], found[1], "sdpa against eager", max(1e-3, case.subject.tolerance))
 
 
 def budget(case: Case) -> None:
     """The realised budget is the declared one."""
-    with torch.no_grad(), pruned(case.model, case.method()) as session:
+    with torch.no_grad(), case.pruned(case.method()) as session:
         case.model(**case.subject.samples[0])
         found = session.trace.budget(0)
     try:
@@ -330,7 +338,7 @@ def reversal(case: Case) -> None:
     backwards = type(kind.__name__, (kind,), {"score": reversed_score})
     kept = []
     for candidate in (method, backwards(**method.params)):
-        with torch.no_grad(), pruned(case.model, candidate) as session:
+        with torch.no_grad(), case.pruned(candidate) as session:
             session.sample_keys = ["0"]
             case.model(**case.subject.samples[0])
             tokens = session.trace.entering(session.shape.layers - 1).samples[0]
@@ -346,7 +354,7 @@ def reversal(case: Case) -> None:
 def stateless(case: Case) -> None:
     """The same prompt gives the same answer whatever was asked in between."""
     first, *others = case.subject.samples
-    with pruned(case.model, case.method()) as session:
+    with case.pruned(case.method()) as session:
         session.sample_keys = ["0"]
         before = steps(generate(case.model, first))
         for other in others:
@@ -365,12 +373,12 @@ def restored(case: Case) -> None:
     """After the block, or an error inside it, the model is exactly as before."""
     generate(case.model, case.subject.samples[0])  # transformers installs hooks of its own in the first forward
     before, plain = fingerprint(case.model), steps(generate(case.model, case.subject.samples[0]))
-    with pruned(case.model, case.method()):
+    with case.pruned(case.method()):
         generate(case.model, case.subject.samples[0])
     if fingerprint(case.model) != before:
         raise Broken("hooks, forwards or configs differ after the block")
     try:
-        with pruned(case.model, case.method()):
+        with case.pruned(case.method()):
             case.model(**case.subject.samples[0])
             raise _Planted
     except _Planted:
@@ -429,7 +437,7 @@ class Verdict:
 def verdicts(case: Case, checks: dict[str, Callable[[Case], None]] = CHECKS) -> Iterator[Verdict]:
     """Runs the checks on one pair; an unsupported pair is one "n/a" with its reason."""
     try:
-        with pruned(case.model, case.method()):
+        with case.pruned(case.method()):
             pass
     except (UserError, MethodError) as error:
         yield Verdict(case.name, case.subject.name, "*", "n/a", str(error))

@@ -41,6 +41,8 @@ class ModelEntry:
     """config.json's `model_type`."""
     hub_id: str = ""
     revision: str = ""
+    text_tower: str = ""
+    """The CLIP model its vision tower comes from, `id@revision` on the hub."""
     packaged: str = ""
     """The folder inside the package, for a model that comes with it."""
     params_b: float | None = None
@@ -146,6 +148,15 @@ def _in_users_folder(row: ModelEntry) -> Path | None:
         if name and Path(base or "", name).expanduser().is_dir():
             return Path(base or "", name).expanduser()
     return None
+
+
+def text_tower(found: Located) -> str | None:
+    """Where the rest of a model's CLIP is: `text_tower` in its folder, a copy in `$PRUNEVAL_MODELS`, or on the hub."""
+    name, base = found.entry.text_tower, os.environ.get("PRUNEVAL_MODELS")
+    folders = [found.folder / "text_tower"]
+    if name and base:
+        folders.append(Path(base).expanduser() / name.split("@")[0].split("/")[-1])
+    return next((str(folder) for folder in folders if folder.is_dir()), name or None)
 
 
 def check_folder(folder: Path) -> str:
@@ -266,6 +277,6 @@ def load(
             logging.enable_progress_bar()
     model = model.to(device).eval()
     return LoadedModel(
-        found.entry, model, processor, adapter_for(model, processor), torch.device(device), getattr(torch, dtype),
-        kernel, found.revision, found.folder,
+        found.entry, model, processor, adapter_for(model, processor, text_tower(found)), torch.device(device),
+        getattr(torch, dtype), kernel, found.revision, found.folder,
     )  # fmt: skip

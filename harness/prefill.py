@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pruneval.harness.clip import ClipView, Questions
 from pruneval.harness.decoding import Decoding
 from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Layout, Tokens, Trace
@@ -55,6 +56,7 @@ class Prefill:
         self.streams: dict[int, Stream] = {}
         self.stream: Stream | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in range(ids.shape[0])]
+        self._questions = Questions(session.text_tower, session.adapter.processor)
         self.trace: Trace
         self.embeddings: Tensor
 
@@ -208,6 +210,7 @@ class Prefill:
             seen={layer: self._seen(layer, row) for layer in need.attention},
             vision=self._visions[row] if need.vision or session.towers.places else None,
             clips=self._clips(row) if need.frames else (),
+            clip=self._clip(row) if need.clip else None,
             upcoming=(lambda: self._sampled(upcoming(), row, tokens, self.stream)) if need.next else None,
             memory=self.memory[row],
             final_norm=session.adapter.final_norm,
@@ -216,6 +219,11 @@ class Prefill:
     def _clips(self, row: int) -> list[Tensor]:
         visual = self.trace.prompt.samples[row].visual.nonzero().squeeze(-1)
         return [visual[clip.to(visual.device)] for clip in self._visions[row].clips()]
+
+    def _clip(self, row: int) -> ClipView:
+        given, real = self.session.questions, self.real[row]
+        text = None if given is None else self._of_sample(given, row, "questions")
+        return self._questions.view(self.ids[row][real], self.visual[row][real], text)
 
     def _seen(self, layer: int, row: int) -> HeadAttention:
         """The attention of an earlier layer, over the tokens that entered it."""
@@ -268,9 +276,12 @@ class Prefill:
         if keys is None:
             ids = self.ids[row][self.real[row]].tolist()
             return hashlib.sha256(repr(ids).encode()).hexdigest()
-        if not keys or len(self.memory) % len(keys):
-            raise UserError(f"session.sample_keys names {len(keys)} samples, the batch has {len(self.memory)}")
-        return keys[row // (len(self.memory) // len(keys))]
+        return self._of_sample(keys, row, "sample_keys")
+
+    def _of_sample(self, given: Sequence[str], row: int, name: str) -> str:
+        if not given or len(self.memory) % len(given):
+            raise UserError(f"session.{name} names {len(given)} samples, the batch has {len(self.memory)}")
+        return given[row // (len(self.memory) // len(given))]
 
     # Continuing it
 

@@ -14,6 +14,8 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from pruneval.harness.adapters import Adapter, adapter_for
+from pruneval.harness.clip import TextTower
 from pruneval.harness.conformance import Inputs, Subject
 
 IMAGE, VIDEO, START, END, PAD, BOS, EOS = 240, 241, 242, 243, 3, 1, 2
@@ -186,6 +188,41 @@ def batch(*samples: Inputs, pad: int = PAD) -> Inputs:
 
 # Subjects
 
+
+def _word_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Prompts' ids as words: token 57 is "w57"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({f"w{index}": index for index in range(256)}, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = [f"w{index}" for index in (BOS, EOS, PAD, IMAGE, VIDEO, START, END)]
+    return hf.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0", additional_special_tokens=specials)
+
+
+@functools.cache
+def text_tower(width: int = 32, length: int = 24) -> TextTower:
+    """The rest of a random CLIP for vision towers of this width, float64; it reads words like "w57" digit by digit."""
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    letters = [letter for digit in "w0123456789" for letter in (digit, f"{digit}</w>")]
+    vocabulary = {token: index for index, token in enumerate([*letters, *special])}
+    tokenizer = hf.CLIPTokenizer(vocab=vocabulary, merges=[])
+    ends = {"bos_token_id": vocabulary[special[0]], "eos_token_id": vocabulary[special[1]]}
+    text = _VISION | {"vocab_size": len(vocabulary), "max_position_embeddings": length, **ends}
+    config = hf.CLIPConfig(text_config=text, vision_config=_VISION | {"hidden_size": width}, projection_dim=16)
+    torch.manual_seed(1)
+    model = hf.CLIPModel(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4)
+    return TextTower(model.double().eval(), tokenizer)
+
+
+def adapter(model: nn.Module) -> Adapter:
+    """The model's adapter, with a processor that can read prompts and, where the tower is a CLIP, the rest of it."""
+    return adapter_for(model, _word_tokenizer(), text_tower())
+
+
 PARAMS: dict[str, tuple[tuple[str, str], ...]] = {
     "gsearch": (("rates", "0.4"),),
     "prunevid": (("layer", "1"),),
@@ -232,4 +269,4 @@ def subject(family: str) -> Subject:
     text = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     if family.startswith("qwen"):
         text["mm_token_type_ids"] = torch.zeros(1, len(ids), dtype=torch.long)
-    return Subject(family, functools.partial(tiny, family), samples, batch, text)
+    return Subject(family, functools.partial(tiny, family), samples, batch, text, adapter=adapter)

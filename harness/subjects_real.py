@@ -19,6 +19,7 @@ def subject_of(name: str) -> Subject:
     from PIL import Image
 
     from pruneval.harness import models
+    from pruneval.harness.adapters import adapter_for
 
     located = models.locate(name)
 
@@ -52,4 +53,5 @@ def subject_of(name: str) -> Subject:
         batch=functools.partial(batch, pad=pad if pad is not None else 0),
         text=prompt("Say yes or no.", []),
         tolerance=1e-3,
+        adapter=lambda model: adapter_for(model, loaded.processor, loaded.adapter.clip),
     )

@@ -27,6 +27,7 @@ METHODS = {  # name: class, in the module of the same name
     "vflowopt": "VFlowOpt",
     "vtw": "VTW",
     "gsearch": "GSearch",
+    "trim": "Trim",
     "psigmoid": "PSigmoid",
     "fitprune": "FitPrune",
     "dart": "DART",

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from pruneval.methods.clip import Clip
 else:
 
     class _LazyTorch(ModuleType):
@@ -63,12 +65,15 @@ class Needs:
         next: whether it reads the attention that the layer at the boundary is about to compute.
         vision: vision-tower layers whose attention and output it reads.
         frames: whether it reads how videos are made of frames (`Step.clips`).
+        clip: whether it compares cells with the question in CLIP's space (`Step.clip`); only models that look through a
+            CLIP tower, and whose text tower is at hand, have it.
     """
 
     attention: tuple[int, ...] = ()
     next: bool = False
     vision: tuple[int, ...] = ()
     frames: bool = False
+    clip: bool = False
 
 
 class Attention(Protocol):
@@ -218,6 +223,7 @@ class Step:
         upcoming: what `next` calls.
         final_norm: the norm behind the last decoder layer, (..., d) -> (..., d).
         memory: what the method wants to remember until the next boundary of the same prompt.
+        clip: the question in CLIP's space, if asked for.
     """
 
     layer: int
@@ -235,6 +241,7 @@ class Step:
     upcoming: Callable[[], Attention] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     final_norm: Callable[[Tensor], Tensor] = lambda hidden: hidden
+    clip: Clip | None = None
 
     @property
     def next(self) -> Attention:

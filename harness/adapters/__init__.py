@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pruneval.harness.adapters.base import Adapter, Encoding
+from pruneval.harness.clip import TextTower
 from pruneval.harness.errors import unknown
 
 __all__ = ["ADAPTERS", "Adapter", "Encoding", "adapter_for"]
@@ -24,8 +26,14 @@ ADAPTERS = {  # config.model_type: module and class
 }
 
 
-def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
+def adapter_for(model: nn.Module, processor: Any = None, text_tower: TextTower | str | Path | None = None) -> Adapter:
     """The adapter of a stock transformers model, by its config's `model_type`.
+
+    Args:
+        model: the model.
+        processor: its processor; methods that read the question's text need it.
+        text_tower: the CLIP model that its vision tower comes from, for methods that compare patches with the question:
+            a folder, a name on the hub (`id` or `id@revision`), or what was loaded; loaded when it is first needed.
 
     Raises: UserError when the family is unknown.
     """
@@ -33,4 +41,4 @@ def adapter_for(model: nn.Module, processor: Any = None) -> Adapter:
     if kind not in ADAPTERS:
         raise unknown("model family", kind, ADAPTERS)
     module, name = ADAPTERS[kind]
-    return getattr(importlib.import_module(f"pruneval.harness.adapters.{module}"), name)(model, processor)
+    return getattr(importlib.import_module(f"pruneval.harness.adapters.{module}"), name)(model, processor, text_tower)

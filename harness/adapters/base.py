@@ -9,11 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from pruneval.harness.clip import TextTower
+from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Layout
 from pruneval.methods.base import Method, MethodError, Shape
 from pruneval.methods.step import Passed
@@ -54,7 +57,8 @@ class Adapter(ABC):
 
     The defaults fit transformers' composition `model.model.{vision_tower, multi_modal_projector, language_model}`.
     `whole_items` says whether `Encoding.lengths` counts whole images and videos, whose placeholders may stand side by
-    side. `merge` is the number of the tower's cells that become one token.
+    side. `merge` is the number of the tower's cells that become one token. `clip` is the CLIP model that the tower
+    comes from, as it was given; see `text_tower`.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -64,10 +68,13 @@ class Adapter(ABC):
     whole_items: ClassVar[bool] = False
     merge: int = 1
 
-    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, processor: Any = None, text_tower: TextTower | str | Path | None = None
+    ) -> None:
         self.model = model
         self.processor = processor
         self.config = model.config
+        self.clip = text_tower
 
     # The language model
 
@@ -184,6 +191,32 @@ class Adapter(ABC):
         """Why tokens can't leave inside this model's tower; empty when they can."""
         return ""
 
+    def text_reason(self) -> str:
+        """Why patches can't be compared with the question in CLIP's space; empty when they can."""
+        if self.config.vision_config.model_type != "clip_vision_model" or len(self.towers) > 1:
+            return "it compares patches with the question in CLIP's space, and this model does not look through CLIP"
+        if self.clip is None:
+            return (
+                "it needs the text encoder of the CLIP that the model's vision tower comes from, and this model has "
+                "none: adapter_for(model, processor, text_tower=...)"
+            )
+        return ""
+
+    def text_tower(self) -> TextTower:
+        """The rest of the model's CLIP, next to the model, in float32 or the model's higher precision.
+
+        Raises: UserError when it can't be loaded or belongs to another vision tower.
+        """
+        if not isinstance(self.clip, TextTower):
+            self.clip = TextTower.load(self.clip)
+        width = self.config.vision_config.hidden_size
+        if self.clip.width != width:
+            raise UserError(
+                f"the text tower belongs to a vision tower of width {self.clip.width}, this model's has {width}"
+            )
+        dtype = torch.promote_types(torch.float32, self.model.dtype)
+        return self.clip.to(self.model.device, dtype)
+
     @abstractmethod
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
         """The vision tower's view of each sample.
@@ -254,9 +287,11 @@ class Adapter(ABC):
     def supports(self, method: Method) -> str | None:
         """None, or the reason why the method can't run on this model."""
         try:
-            method.needs(self.shape)
+            needs = method.needs(self.shape)
             places = method.encoding(self.shape)
         except MethodError as error:
             return str(error)
         reason = self.encoder_reason() if places else ""
+        if not reason and any(need.clip for need in needs.values()):
+            reason = self.text_reason()
         return f"{method.card.name}: {reason}" if reason else None
