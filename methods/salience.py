@@ -105,14 +105,22 @@ def token_salience(step: Step) -> torch.Tensor:
 def tiles(step: Step) -> list[Area]:
     """The tokens of each tile of the tower; some may have none."""
     if step.shape.sheets:
-        return _on_sheets(step, step.vision.tile_of(), step.vision.tiles)
+        return _labelled(step, step.vision.tile_of(), step.vision.tiles)
     grids, size = step.vision.grids, step.shape.merge
     numbers = [torch.full((rows * columns * size,), float(tile)) for tile, (rows, columns) in enumerate(grids)]
     label = step.vision.to_tokens(numbers, fill=-1).to(step.visual.device)
     return [Area((label == tile).nonzero().squeeze(-1), columns) for tile, (_, columns) in enumerate(grids)]
 
 
-def _on_sheets(step: Step, label: torch.Tensor, count: int) -> list[Area]:
+def grids(step: Step) -> list[Area]:
+    """The tokens of each sheet, where tiles are put together to sheets, or of each tile."""
+    if not step.shape.sheets:
+        return tiles(step)
+    sheet = step.vision.sheet_of().masked_fill(step.vision.is_newline(), -1)
+    return _labelled(step, sheet, int(sheet.max()) + 1)
+
+
+def _labelled(step: Step, label: torch.Tensor, count: int) -> list[Area]:
     """The tokens with each label; they fill a rectangle of their sheet."""
     column, areas = step.vision.place_of()[:, 1], []
     for each in range(count):

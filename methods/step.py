@@ -144,8 +144,12 @@ class Vision(Protocol):
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """Numbers on cells, (tiles, P) or (P,) tile by tile, as (N,) numbers on the prompt's visual tokens.
 
-        Tokens without a cell (newlines) get `fill`.
+        k numbers per cell, (P, k), make (N, k). A token of several cells gets their mean; tokens without a cell
+        (newlines) get `fill`.
         """
+
+    def blocks(self, cells: Tensor) -> Tensor:
+        """(P, ...) of a tile's cells as (t, b, ...) of its tokens' blocks, where `Shape.merge` is more than 1."""
 
     def passed(self) -> list[Passed] | None:
         """What came through the tower, one per tile; None when nothing left any of them (`Method.at_encode`)."""
@@ -178,8 +182,7 @@ class Sheets(Vision, Protocol):
     """The view of a family that lays several tiles out as one grid of tokens, a *sheet*; see `Shape.sheets`.
 
     Sheets may be cut (padding) and resampled or pooled, and may have newline tokens, which no cell stands behind. Here
-    `to_tokens` also takes (tiles, P, k) and gives (N, k), and `grids` are those of the tiles before they are put
-    together.
+    `grids` are those of the tiles before they are put together.
     """
 
     def tile_of(self) -> Tensor:
@@ -220,10 +223,10 @@ class Step:
         seen: attention of the decoder layers asked for, by layer.
         vision: the vision tower's view, if asked for.
         clips: if asked for, (F, P) origins of the tokens of each video's frames, as `Vision.clips`; some may be gone.
+        clip: the question in CLIP's space, if asked for.
         upcoming: what `next` calls.
         final_norm: the norm behind the last decoder layer, (..., d) -> (..., d).
         memory: what the method wants to remember until the next boundary of the same prompt.
-        clip: the question in CLIP's space, if asked for.
     """
 
     layer: int
@@ -238,10 +241,10 @@ class Step:
     seen: Mapping[int, Attention] = field(default_factory=dict)
     vision: Vision | None = None
     clips: Sequence[Tensor] = ()
+    clip: Clip | None = None
     upcoming: Callable[[], Attention] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     final_norm: Callable[[Tensor], Tensor] = lambda hidden: hidden
-    clip: Clip | None = None
 
     @property
     def next(self) -> Attention:

@@ -67,8 +67,8 @@ class TileView:
         return []
 
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
-        """(tiles, P) -> (N,): cells and tokens are the same, in the same order."""
-        return torch.cat([torch.as_tensor(part).reshape(-1) for part in cells])
+        """(tiles, P) -> (N,) or (tiles, P, k) -> (N, k): cells and tokens are the same, in the same order."""
+        return torch.cat([torch.as_tensor(part) for part in cells])
 
     def passed(self) -> list[Passed] | None:
         """What came through the tower, one per tile; None when all of it did."""

@@ -257,7 +257,7 @@ class GridView:
         return cells.unflatten(0, (-1, self.merge))
 
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
-        """(tiles, P) or one (P,) per tile -> (N,): the mean over a token's four cells."""
+        """One (P,) per tile -> (N,), or (P, k) -> (N, k): the mean over a token's four cells."""
         return torch.cat([self.blocks(torch.as_tensor(part)).mean(1) for part in cells])
 
     def passed(self) -> list[Passed] | None:

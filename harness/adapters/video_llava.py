@@ -116,11 +116,11 @@ class FrameView:
         return clips
 
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
-        """(tiles, P) -> (N,): a frame's CLS token gets `fill`, cells stay as they are."""
+        """(tiles, P) -> (N,) or (tiles, P, k) -> (N, k): a frame's CLS token gets `fill`, cells stay as they are."""
         parts = []
         for part, (encoding, row) in zip(cells, self._where, strict=True):
             extra = encoding.lengths[row] - len(part)
-            parts.append(torch.nn.functional.pad(part, (extra, 0), value=fill))
+            parts.append(torch.nn.functional.pad(part, (*(0, 0) * (part.ndim - 1), extra, 0), value=fill))
         return torch.cat(parts)
 
     def passed(self) -> list[Passed] | None:
