@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import re
 import tempfile
 import warnings
 from argparse import Namespace
@@ -150,17 +152,22 @@ def build_task(benchmark: Benchmark) -> Any:
 
 
 @functools.cache
-def _task_file(name: str) -> Path:
-    """The installed YAML file of a task. lmms-eval's own index parses 2,000 files first, which takes seconds."""
-    import lmms_eval.tasks
+def _task_files() -> dict[str, Path]:
+    """The installed YAML files by task. lmms-eval's own index parses 2,000 files first, which takes seconds."""
+    spec = importlib.util.find_spec("lmms_eval")  # importing it takes seconds
+    found: dict[str, Path] = {}
+    for path in sorted((Path(str(spec.origin)).parent / "tasks").rglob("*.yaml")):
+        for name in re.findall(r"""^task:\s*["']?([\w.+-]+)["']?\s*(?:#.*)?$""", path.read_text("utf-8"), re.MULTILINE):
+            found.setdefault(name, path)
+    return found
 
-    wanted = f"task: {name}"
-    for path in sorted(Path(lmms_eval.tasks.__file__).parent.rglob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        lines = (line.split("#")[0].replace('"', "").replace("'", "").strip() for line in text.splitlines())
-        if name in text and wanted in lines:
-            return path
-    raise UserError(f"lmms-eval has no task {name!r}")
+
+def _task_file(name: str) -> Path:
+    """The installed YAML file of a task. Raises: UserError when there is none."""
+    try:
+        return _task_files()[name]
+    except KeyError:
+        raise UserError(f"lmms-eval has no task {name!r}") from None
 
 
 def _task_config(name: str) -> dict[str, Any]:
@@ -189,7 +196,8 @@ def _whole_groups(task: Any, benchmark: Benchmark, limit: int | None) -> int | N
     """The largest number of rows up to `limit` that cuts no group apart (at least one group)."""
     if not limit or not benchmark.group:
         return limit or None
-    ids = task.eval_docs_no_media[benchmark.group]
+    (column,) = benchmark.group
+    ids = task.eval_docs_no_media[column]
     last = {value: index for index, value in enumerate(ids)}
     best = end = 0
     for index, value in enumerate(ids):

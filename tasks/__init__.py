@@ -1,4 +1,4 @@
-"""Which benchmarks exist. Rows are data: `benchmarks.yaml` and `suites.yaml` beside this file.
+"""Which benchmarks exist. Rows are data: `image.yaml`, `video.yaml`, `pocket.yaml` and `suites.yaml` beside this file.
 
 A row names a task of lmms-eval and where its questions come from; scoring is always lmms-eval's own. The `full` edition
 is the published benchmark; the `pocket` edition has the same columns, prompts and metrics on a small drawn world, so
@@ -8,20 +8,23 @@ else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from pruneval.harness.errors import unknown
 
 _HERE = Path(__file__).parent
+_DEFAULTS: dict[str, Any] = {"maximum": 1, "scale": 100, "unit": "%"}
+AVERAGES = ("maximum", "vanilla")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One row of `benchmarks.yaml`."""
+    """One row of a benchmark file."""
 
     name: str
     title: str
@@ -29,14 +32,12 @@ class Benchmark:
     edition: str
     """"full" (the published questions) or "pocket" (the drawn world)."""
     task: str
-    """The name of lmms-eval's task, whose prompts and metrics are used unchanged."""
+    """The name of lmms-eval's task, whose prompts and metrics are used unchanged; `{part}` stands for each part."""
     dataset: str
-    """The hub's data set id; for a pocket edition the name of the edition."""
-    revision: str
-    """The data set's revision; "" where none is pinned."""
+    """The hub's data set id, or a folder below the data root; for a pocket edition the name of the edition."""
     split: str
     n: int
-    """Questions in the whole split."""
+    """Questions in the whole split (of all parts)."""
     metric: str
     """The score this benchmark is known by: a key of `Outcome.scores` and of a record's scores."""
     keys: tuple[str, ...]
@@ -46,41 +47,87 @@ class Benchmark:
     scale: float
     """printed = value * scale."""
     unit: str
-    higher_is_better: bool
-    judge: bool
+    config: str = ""
+    """The data set's configuration; "" where there is one only. `{part}` stands for each part."""
+    revision: str = ""
+    """The data set's revision; "" where none is pinned."""
+    hub: bool = True
+    """False where no hub has the data."""
+    higher_is_better: bool = True
+    judge: bool = False
     """True when scoring asks a language model."""
-    group: str
-    """The column whose equal values are scored together, such as MME's question pairs; "" where rows stand alone."""
-    images: tuple[str, str, str] | None
+    parts: tuple[str, ...] = ()
+    """Where the benchmark is several tasks: what `{part}` stands for. `metric` is then the plain mean."""
+    group: tuple[str, ...] = ()
+    """The columns whose equal values are scored together (MME: its pairs); empty where rows stand alone."""
+    rotation: int = 0
+    """Where a group is one question with its options rotated: the step between the values of its column."""
+    images: tuple[str, str, str] | None = None
     """Where images are a table of their own: its name, the questions' column that points to it, its id column."""
+    videos: str = ""
+    """The folder of the video files below the data set's; "" where questions are about images."""
+    columns: tuple[str, ...] = ()
+    """The columns of the questions that the task reads."""
+    prompt: dict[str, Any] = field(default_factory=dict, hash=False)
+    """What differs from the task's default prompt settings."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of lmms-eval's tasks: one, or one per part."""
+        return tuple(self.task.format(part=part) for part in self.parts) or (self.task,)
+
+    @property
+    def configs(self) -> tuple[str, ...]:
+        """The data set's configurations, one per task."""
+        return tuple(self.config.format(part=part) for part in self.parts) or (self.config,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """One row of `suites.yaml`."""
+
+    name: str
+    benchmarks: tuple[str, ...]
+    average: str = "maximum"
+    """What its average is the mean of: scores in per cent of their "maximum", or of the "vanilla" model's score."""
+    note: str = ""
+    """What is known about the paper's choice, and where a stand-in is used."""
 
 
 @cache
 def _table() -> dict[str, Benchmark]:
-    rows = yaml.safe_load((_HERE / "benchmarks.yaml").read_text(encoding="utf-8"))
-    table = {}
-    for name, row in rows.items():
-        keys = tuple(row.pop("keys"))
-        images = tuple(row.pop("images", ())) or None
-        row = {"metric": keys[0], "revision": "", "judge": False, "group": "", **row}
-        table[name] = Benchmark(name=name, keys=keys, images=images, **row)
-    return table
+    rows: dict[str, dict[str, Any]] = {}
+    for file, edition in (("image.yaml", "full"), ("video.yaml", "full"), ("pocket.yaml", "pocket")):
+        for name, own in yaml.safe_load((_HERE / file).read_text(encoding="utf-8")).items():
+            base = rows[own.pop("of")] if "of" in own else _DEFAULTS
+            # A row of its own keys is known by the first of them, whatever the row it came from is known by.
+            own = {"metric": own["keys"][0], **own} if "keys" in own else own
+            rows[name] = {**base, **own, "edition": edition}
+    tuples = ("keys", "parts", "group", "columns", "images")
+    return {
+        name: Benchmark(name=name, **{key: tuple(value) if key in tuples else value for key, value in row.items()})
+        for name, row in rows.items()
+    }
 
 
 @cache
-def _suites() -> dict[str, tuple[str, ...]]:
+def _suites() -> dict[str, Suite]:
     rows = yaml.safe_load((_HERE / "suites.yaml").read_text(encoding="utf-8"))
-    return {name: tuple(members) for name, members in rows.items()}
+    table = {}
+    for name, row in rows.items():
+        row = row if isinstance(row, dict) else {"benchmarks": row}
+        table[name] = Suite(name=name, **{**row, "benchmarks": tuple(row["benchmarks"])})
+    return table
 
 
 def benchmarks() -> dict[str, Benchmark]:
-    """Every benchmark by name, in the file's order."""
+    """Every benchmark by name, in the files' order."""
     return dict(_table())
 
 
 def suites() -> dict[str, tuple[str, ...]]:
     """Every suite: its name and the names of its benchmarks."""
-    return dict(_suites())
+    return {name: row.benchmarks for name, row in _suites().items()}
 
 
 def benchmark(name: str) -> Benchmark:
@@ -93,6 +140,11 @@ def benchmark(name: str) -> Benchmark:
 
 def suite(name: str) -> tuple[str, ...]:
     """The benchmarks of a suite; raises UserError with the nearest names when there is none."""
+    return suite_row(name).benchmarks
+
+
+def suite_row(name: str) -> Suite:
+    """A suite with how its paper averages; raises UserError with the nearest names when there is none."""
     try:
         return _suites()[name]
     except KeyError:

@@ -6,6 +6,21 @@ import pytest
 
 from pruneval import tasks
 from pruneval.harness.errors import UserError
+from pruneval.harness.evaluate import _task_file
+
+FIELDS = (
+    "task",
+    "split",
+    "metric",
+    "keys",
+    "scale",
+    "higher_is_better",
+    "judge",
+    "group",
+    "images",
+    "config",
+    "prompt",
+)
 
 
 def test_every_suite_names_benchmarks_that_exist():
@@ -21,15 +36,64 @@ def test_pocket_editions_say_so_and_share_everything_else_with_the_full_ones():
         assert ("pocket" in name) == ("pocket" in row.title) == (row.edition == "pocket")
     for name in tasks.suite("core5"):
         full, pocket = table[name], table[f"pocket-{name}"]
-        for field in ("task", "split", "metric", "keys", "scale", "higher_is_better", "judge", "group", "images"):
+        for field in (
+            "task",
+            "split",
+            "metric",
+            "keys",
+            "scale",
+            "higher_is_better",
+            "judge",
+            "group",
+            "images",
+            "config",
+            "prompt",
+        ):
             assert getattr(full, field) == getattr(pocket, field), (name, field)
         assert pocket.n >= 200
 
 
 def test_rows_are_in_range():
     for row in tasks.benchmarks().values():
-        assert row.n > 0 and row.maximum > 0 and row.scale > 0 and row.keys
-        assert row.metric in row.keys or len(row.keys) > 1
+        assert row.n > 0 and row.maximum > 0 and row.scale > 0 and row.keys and row.columns
+        assert row.metric in row.keys if len(row.keys) == 1 else row.metric not in row.keys
+        assert set(row.group) <= set(row.columns)
+        assert "{part}" in row.task if row.parts else "{" not in row.task + row.config
+        printed = row.maximum * row.scale
+        assert printed == 100 or row.unit == f"of {printed}", row.name
+
+
+def test_every_task_is_one_of_the_installed_lmms_eval_or_ours():
+    for row in tasks.benchmarks().values():
+        for task in row.tasks:
+            if row.hub:
+                assert _task_file(task).exists()
+
+
+def test_suites_are_those_of_the_papers():
+    counts = {name: len(members) for name, members in tasks.suites().items()}
+    assert counts == {
+        "pocket": 5, "smoke": 2, "core5": 5, "gsearch12": 12, "gsearch-video": 2, "vflowopt": 13, "flowcut12": 12,
+        "flowcut-video3": 3, "ifprune9": 9, "ifprune-ocr": 2,
+    }  # fmt: skip
+    for name, members in tasks.suites().items():
+        row = tasks.suite_row(name)
+        assert row.average in tasks.AVERAGES
+        assert len({tasks.benchmark(member).edition for member in members}) == 1
+    # What a paper's protocol decides: the hint in TextVQA's prompt, the part of MME, the split with the videos.
+    assert "textvqa_ocr" in tasks.suite("flowcut12") and "textvqa" in tasks.suite("gsearch12")
+    assert "mme_perception" in tasks.suite("vflowopt") and "mme" in tasks.suite("ifprune9")
+    assert tasks.suite_row("gsearch12").average == "maximum" and tasks.suite_row("ifprune9").average == "vanilla"
+    assert tasks.benchmark("textvqa_ocr").prompt == {"ocr": True} != tasks.benchmark("textvqa").prompt
+
+
+def test_a_row_takes_what_it_does_not_say_from_another():
+    mme, perception = tasks.benchmark("mme"), tasks.benchmark("mme_perception")
+    assert (perception.task, perception.n, perception.group) == (mme.task, mme.n, mme.group)
+    assert perception.metric == "mme_perception_score,none" != mme.metric
+    mvbench = tasks.benchmark("mvbench")
+    assert mvbench.tasks[:2] == ("mvbench_action_sequence", "mvbench_moving_count") and len(mvbench.tasks) == 20
+    assert mvbench.configs[1] == "moving_count"
 
 
 def test_an_unknown_name_gets_the_nearest_one():
