@@ -108,20 +108,21 @@ def write(out: Path, figures: Figures, curve: Curve, facts: dict[str, Any]) -> N
     accuracy = {"test": test["all patches"], "held-out": heldout}
     skills = [name for name in heldout if name != "mean"]
     seen = {stage: [e for e in curve if e["stage"] == stage] for stage in ("vision", "align", "language", "polish")}
-    times = ", ".join(f"{stage} {_minutes(entries):.0f} min" for stage, entries in seen.items())
+    times = ", ".join(f"{stage} {minutes(entries):.0f} min" for stage, entries in seen.items())
     del seen["align"]
     text = TEXT.format(
-        number=NUMBER, accuracy=_table("Images", accuracy), other=_table("", figures["other"]),
-        pruning=_table("Kept", test), properties=_properties(test), times=times,
-        vision_curve=_steps("vision step", seen["vision"], ["loss", "kind", "colour", "f1"], 100),
-        language_curve=_steps("language step", seen["language"], ["loss", *skills], 100),
-        polish_curve=_steps("polish step", seen["polish"], ["loss", *skills], 50), **facts,
+        number=NUMBER, accuracy=table("Images", accuracy), other=table("", figures["other"]),
+        pruning=table("Kept", test), properties=_properties(test), times=times,
+        vision_curve=steps("vision step", seen["vision"], ["loss", "kind", "colour", "f1"], 100),
+        language_curve=steps("language step", seen["language"], ["loss", *skills], 100),
+        polish_curve=steps("polish step", seen["polish"], ["loss", *skills], 50), **facts,
     )  # fmt: skip
     (out / "README.md").write_text(text)
     _plot(out / "training.png", seen)
 
 
-def _table(corner: str, rows: dict[str, dict[str, float]]) -> str:
+def table(corner: str, rows: dict[str, dict[str, float]]) -> str:
+    """Rows of shares as a Markdown table."""
     names = list(next(iter(rows.values())))
     lines = [f"| {corner} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| {key} | " + " | ".join(f"{row[n]:.3f}" for n in names) + " |" for key, row in rows.items()]
@@ -140,14 +141,15 @@ def _properties(test: dict[str, dict[str, float]]) -> str:
     return "\n".join(["| Wanted (mean of skills) | Points |", "|---|---|", *(f"| {n} | {v:.1f} |" for n, v in rows)])
 
 
-def _minutes(entries: Curve) -> float:
+def minutes(entries: Curve) -> float:
     """Time of a stage; where it was interrupted, the clock in the journal starts again."""
     clock = [e.get("seconds", 0) for e in entries]
     ends = [a for a, b in zip(clock, [*clock[1:], -1], strict=True) if b < a]
     return sum(ends) / 60
 
 
-def _steps(corner: str, curve: Curve, names: list[str], every: int) -> str:
+def steps(corner: str, curve: Curve, names: list[str], every: int) -> str:
+    """The entries of a training curve at every so many steps, as a Markdown table."""
     lines = [f"| {corner} | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [
         f"| {e['step']} | " + " | ".join(f"{e[n]:.3f}" for n in names) + " |" for e in curve if e["step"] % every == 0
