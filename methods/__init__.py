@@ -30,6 +30,7 @@ METHODS = {  # name: class, in the module of the same name
     "trim": "Trim",
     "vtw": "VTW",
     "gsearch": "GSearch",
+    "cdpruner": "CDPruner",
     "psigmoid": "PSigmoid",
     "fitprune": "FitPrune",
     "dart": "DART",
