@@ -173,6 +173,7 @@ def _log(out: Path) -> str:
 
 def _eval(args: argparse.Namespace) -> int:
     from pruneval.harness import budgets, dimensions, models, run
+    from pruneval.harness.search import recipe
     from pruneval.tasks import benchmark, suite
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -193,6 +194,8 @@ def _eval(args: argparse.Namespace) -> int:
         str(located.folder) if located.folder and located.entry.name not in dimensions.names() else located.entry.name
     )
     chosen = budgets.choose(args.method, args.preset, given, args.budget, source)
+    if chosen.get("recipe"):
+        recipe.check(chosen["recipe"], args.method, located.entry.name)
     built = [run.build_method(args.method, chosen)]
     if args.method != "vanilla":
         built.insert(0, run.build_method("vanilla"))

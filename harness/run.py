@@ -6,6 +6,7 @@ which a sample failed ends as failed, without a score, and is tried again the ne
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pruneval.harness.records import Journal, RecordError, RunRecord, claim, rea
 from pruneval.harness.spec import RunSpec, code_version
 from pruneval.tasks import Benchmark, benchmark
 
+FILES = ("recipe", "checkpoint")
+"""Parameters of methods that name files."""
 BUDGETS = ("visual_tokens", "avg_in", "kept_after", "final", "keep")
 
 
@@ -73,8 +76,8 @@ def expand(
                 model=located.entry.name,
                 revision=located.revision,
                 method=method.card.name,
-                params=method.params,
-                given=method.given,
+                params=identified(method.params),
+                given=identified(method.given),
                 benchmark=row.name,
                 edition=row.edition,
                 data=_data_revision(row),
@@ -89,6 +92,22 @@ def expand(
             )
             cells.append(Cell(spec, method, row))
     return cells
+
+
+def identified(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as a record names them: a file by its name and content, wherever it lies."""
+    return {name: _content(value) if name in FILES else value for name, value in params.items()}
+
+
+def _content(value: Any) -> Any:
+    path = Path(str(value))
+    if not value or not path.exists():
+        return value  # a shipped recipe's name
+    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    seen = hashlib.sha256()
+    for file in files:
+        seen.update(file.name.encode() + file.read_bytes())
+    return f"{path.name}@{seen.hexdigest()[:8]}"
 
 
 def _data_revision(row: Benchmark) -> str:

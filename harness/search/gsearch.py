@@ -4,7 +4,8 @@ From shallow to deep, at every `stride`-th boundary, Bayesian optimisation looks
 that maximises accuracy - lambda * r, with accuracy as a fraction: dropping everything may cost at most lambda. The
 share holds until the next boundary searched. Decided here, where the paper leaves it open: 15 trials behind the 10
 initial ones, among which is "no further reduction"; shares are multiples of 1/N and evaluated once per count; of equals
-the smallest share wins.
+the smallest share wins; and, because a surrogate blurs the step at which accuracy breaks off, the gap between the best
+share and the next lower one that is worse is bisected at the end.
 """
 
 from __future__ import annotations
@@ -71,9 +72,30 @@ def search(
             trials=initial + trials,
             on_trial=note,
         )
-        most = max(trial.value for trial in found)
-        rates[boundary] = min(trial.notes["count"] for trial in found if trial.value == most) / tokens
+        points: list[Params] = []
+        while (middle := halfway(found)) is not None:
+            points.append({"rate": middle / tokens})
+            more = study.maximise(
+                f"boundary {boundary}, bisection", {"rate": (0.0, top / tokens)}, evaluate,
+                first=points, trials=len(points), on_trial=lambda trial: None,
+            )  # fmt: skip
+            note(more[-1])
+            found = [*found, more[-1]]
+        rates[boundary] = strongest(found).notes["count"] / tokens
     return rates
+
+
+def strongest(found: list[Trial]) -> Trial:
+    """The trial with the best value; of equals the one with the fewest tokens."""
+    return max(found, key=lambda trial: (trial.value, -trial.notes["count"]))
+
+
+def halfway(found: list[Trial]) -> int | None:
+    """The count between the best and the next lower one tried, or None when there is none between."""
+    best = strongest(found).notes["count"]
+    lower = max((trial.notes["count"] for trial in found if trial.notes["count"] < best), default=0)
+    middle = (best + lower) // 2
+    return middle if lower < middle < best else None
 
 
 def counted(rate: float, tokens: int) -> int:

@@ -60,7 +60,7 @@ class Objective:
         right = 0
         tokenizer = self.loaded.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        for batch, inputs, running in self._runs(method):
+        for batch, inputs, running in self._runs(method, "answers"):
             with running:
                 out = self.loaded.model.generate(
                     **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None, top_p=None, pad_token_id=pad
@@ -77,7 +77,7 @@ class Objective:
             choose: what to take of a sample's (n, d) tokens instead.
         """
         found: list[Tensor | None] = [None] * len(self.data.samples)
-        for batch, inputs, running in self._runs(method):
+        for batch, inputs, running in self._runs(method, "states"):
             outputs: list[Any] = []
             norm = self.loaded.adapter.final_norm
             hook = norm.register_forward_hook(lambda module, args, out, kept=outputs: kept.append(out))
@@ -104,9 +104,10 @@ class Objective:
         counts = [self.loaded.adapter.visual_mask(inputs["input_ids"]).sum(1) for inputs in self.inputs]
         return round(float(torch.cat(counts).double().mean()))
 
-    def _runs(self, method: Method) -> Iterator[tuple[list[int], Any, Any]]:
+    def _runs(self, method: Method, kind: str) -> Iterator[tuple[list[int], Any, Any]]:
         for number, (batch, inputs) in enumerate(zip(self.batches, self.inputs, strict=True)):
-            used = method if self._shared is None else self._shared.start(number, method)
+            # generate and a plain forward count the positions of padded prompts differently
+            used = method if self._shared is None else self._shared.start((kind, number), method)
             yield batch, inputs, self._session(used, batch)
             self.on_batch()
 
