@@ -12,7 +12,7 @@ from pruneval.harness.records import RunRecord, read_samples
 if TYPE_CHECKING:
     import pandas as pd
 
-NEEDED = ("doc_id", "correct", "image")
+NEEDED = ("doc_id", "prompt_hash", "correct", "image")
 
 
 def reader(out: Path | str) -> Callable[[RunRecord], pd.DataFrame | None]:

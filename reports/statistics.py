@@ -49,10 +49,11 @@ def paired(first: pd.DataFrame, second: pd.DataFrame) -> Difference | None:
     """Compare two methods' samples of one benchmark; None when they have fewer than two units in common.
 
     Args:
-        first: rows with `doc_id`, `correct` and, if known, `image`.
-        second: the same of the other method.
+        first: rows with `doc_id`, `correct` and, if known, `prompt_hash` and `image`.
+        second: the same of the other method. A question is the same when its number and its prompt are.
     """
-    both = first.set_index("doc_id").join(second.set_index("doc_id")[["correct"]], how="inner", rsuffix="_second")
+    keys = [key for key in ("doc_id", "prompt_hash") if key in first and key in second]
+    both = first.merge(second[[*keys, "correct"]], on=keys, suffixes=("", "_second"))
     if both.empty:
         return None
     a, b = both["correct"].to_numpy(float), both["correct_second"].to_numpy(float)

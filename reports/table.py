@@ -18,6 +18,8 @@ class Cell:
     text: str
     value: float | None = None
     """The number behind the text at full precision; None where there is none, which is not the same as 0."""
+    stderr: float | None = None
+    """Its standard error, where it is known and not in the text."""
     notes: tuple[str, ...] = ()
     """Each becomes a footnote."""
     mark: str = ""
@@ -102,7 +104,7 @@ def _ranks(cells: Sequence[Cell], higher: bool, places: Sequence[int]) -> list[t
     order = sorted((number for _, number in printed), reverse=higher)
     if len(order) < 2 or order[0] == order[-1]:
         return []
-    second = order[1] if len(order) > 2 and order[1] not in (order[0], order[-1]) else None
+    second = order[1] if len(order) > 2 and order[1] != order[0] else None
     return [
         (place, BEST if number == order[0] else SECOND)
         for place, number in printed
