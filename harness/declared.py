@@ -7,7 +7,7 @@ from dataclasses import replace
 from pruneval.harness.dimensions import Dimensions
 from pruneval.harness.errors import UserError
 from pruneval.harness.flops import Lengths
-from pruneval.harness.scoring import scoring, shape_of
+from pruneval.harness.scoring import helpers, scoring, shape_of
 from pruneval.methods.base import Method, Shape
 
 
@@ -28,6 +28,7 @@ def declared(method: Method, dimensions: Dimensions, whole: Lengths) -> tuple[Le
         plan = tuple(method.schedule(shape, whole.given))
         lengths, left = _in_tower(method, shape, replace(whole, visual=plan))
         lengths = replace(lengths, scoring=scoring(method, dimensions, lengths))
+        lengths = replace(lengths, helpers=helpers(method, dimensions, lengths))
     except ValueError as error:
         raise UserError(str(error)) from error
     except NotImplementedError as error:

@@ -148,6 +148,31 @@ class Decoder:
 
 
 @dataclass(frozen=True)
+class TextTower:
+    """The text encoder of the CLIP that a vision tower comes from, and the projections to the space of both."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    length: int
+    """Tokens it reads, padding included."""
+    projection: int
+    """Width of the common space."""
+
+    @property
+    def question(self) -> int:
+        """Multiply-adds of embedding one question of at most `length` tokens."""
+        linear = 4 * self.hidden**2 + 2 * self.hidden * self.mlp
+        return self.layers * self.length * (linear + 2 * self.length * self.hidden) + self.hidden * self.projection
+
+    def cells(self, count: int, width: int) -> int:
+        """Multiply-adds of taking `count` cells of the vision tower's width to the common space and comparing each
+        with the question.
+        """
+        return count * (width + 1) * self.projection
+
+
+@dataclass(frozen=True)
 class Input:
     """The lengths one model is usually priced for, and how a picture becomes tokens."""
 
@@ -179,6 +204,8 @@ class Dimensions:
     """The same per frame of a video."""
     frame_extra: int = 0
     """Tokens a video adds once."""
+    text_tower: TextTower | None = None
+    """What the model has not kept of its CLIP, for methods that read the question with it; None where unknown."""
     input: Input = Input()
     published_params: tuple[str, ...] = ("vision", "projector", "decoder")
     """The parts that the published parameter count covers."""
@@ -211,6 +238,8 @@ def load(name: str) -> Dimensions:
     projector = row.pop("projector")
     merge = projector["in"] // vision["hidden"]
     given = dict(row.pop("input"))
+    if "text_tower" in row:
+        row["text_tower"] = TextTower(**facts["text_tower"][row["text_tower"]])
     if "grid" in given:
         given["grid"] = tuple(given["grid"])
     for key in ("tile", "frame", "published_params"):

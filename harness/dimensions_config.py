@@ -6,13 +6,17 @@ Works on the attributes of a config object alone, so neither torch nor transform
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
-from pruneval.harness.dimensions import Decoder, Dimensions, Input, Projector, Vision
+from pruneval.harness.dimensions import Decoder, Dimensions, Input, Projector, TextTower, Vision
 from pruneval.harness.errors import UserError
+
+T = TypeVar("T")
 
 FAMILIES = (
     "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "video_llava",
@@ -25,17 +29,34 @@ OWN = "one tile (or 16 x 16 tokens) and 75 others; no published length"
 
 def read(folder: Path, name: str | None = None) -> Dimensions:
     """The dimensions of the model in a folder. Transformers is imported only for a config that leaves out defaults."""
+    found = _read(folder, lambda config: dimensions_of(config, name))
+    beside = Path(folder, "text_tower")
+    return replace(found, text_tower=_read(beside, text_tower_of)) if (beside / "config.json").is_file() else found
+
+
+def _read(folder: Path, of: Callable[[Any], T]) -> T:
     try:
-        written = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"), object_hook=_namespace)
-        return dimensions_of(written, name)
+        return of(json.loads(Path(folder, "config.json").read_text(encoding="utf-8"), object_hook=_namespace))
     except AttributeError:
         from transformers import AutoConfig
 
-        return dimensions_of(AutoConfig.from_pretrained(folder, local_files_only=True), name)
+        return of(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def _namespace(fields: dict[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**fields)
+
+
+def text_tower_of(config: Any) -> TextTower:
+    """The text tower of a `CLIPConfig`."""
+    text = config.text_config
+    return TextTower(
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.intermediate_size,
+        text.max_position_embeddings,
+        config.projection_dim,
+    )
 
 
 def dimensions_of(config: Any, name: str | None = None) -> Dimensions:

@@ -3,7 +3,8 @@
 A method may say it itself, `work(shape, visual, text) -> dict[str, int]` in multiply-adds. Otherwise it is read off
 `needs()`: one query row against every key of each decoder layer it reads, the class token's row of each vision layer
 (every row where there is no class token), and the projections of a layer that has not run yet. Sorting,
-gathering and merging are not counted.
+gathering and merging are not counted. The text tower of methods that compare patches with the question is a helper
+model, with its own line in the ledger.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from pruneval.harness.dimensions import Dimensions
+from pruneval.harness.errors import UserError
 from pruneval.harness.flops import Lengths, Work
 from pruneval.methods.base import Shape
 
@@ -31,6 +33,19 @@ def shape_of(dimensions: Dimensions) -> Shape:
         tiled=dimensions.newline or dimensions.family in ("internvl", "qwen2_5_vl", "qwen3_vl", "video_llava"),
         merge=dimensions.projector.merge,
     )
+
+
+def helpers(method: Any, dimensions: Dimensions, lengths: Lengths) -> tuple[Work, ...]:
+    """Multiply-adds of the models a method uses besides, on one sample: a text tower, for a question that it reads in
+    one piece. Raises: UserError when its dimensions are not known.
+    """
+    if not any(needs.clip for needs in method.needs(shape_of(dimensions)).values()):
+        return ()
+    tower = dimensions.text_tower
+    if tower is None:
+        raise UserError(f"{method.card.name}: the dimensions of {dimensions.name}'s text tower are not known")
+    cells = tower.cells(lengths.patches, dimensions.vision.hidden)
+    return Work("CLIP text encoder", tower.question), Work("cells in CLIP's space", cells)
 
 
 def scoring(method: Any, dimensions: Dimensions, lengths: Lengths) -> tuple[Work, ...]:

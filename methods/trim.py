@@ -36,7 +36,7 @@ from pruneval.methods.base import (
     torch,
 )
 from pruneval.methods.clip import cell_features
-from pruneval.methods.salience import spread, tiles
+from pruneval.methods.salience import outliers, spread, tiles
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class Trim(Method):
             raise MethodError("trim: with count=outliers the count depends on the sample")
         return [kept(n, self.keep)] * shape.layers
 
+    def work(self, shape: Shape, visual: int, text: int) -> dict[str, int]:
+        """Nothing but what CLIP does."""
+        return {}
+
     def reduce(self, step: Step) -> Reduction | None:
         total = kept(step.total, self.keep)
         if self.count == "keep" and total >= step.total:
@@ -100,12 +104,6 @@ class Trim(Method):
                 carriers.append(area[mine[-1:]])
                 means.append(features[area[rest]].mean(0))
         return _appended(step, torch.cat(chosen), carriers, means)
-
-
-def outliers(weight: torch.Tensor) -> int:
-    """How many weights lie above the third quartile by more than 1.5 interquartile ranges; at least one."""
-    low, high = weight.quantile(weight.new_tensor([0.25, 0.75]))
-    return max(1, int((weight > high + 1.5 * (high - low)).sum()))
 
 
 def _appended(step: Step, chosen: torch.Tensor, carriers: list[torch.Tensor], means: list[torch.Tensor]) -> Reduction:

@@ -11,11 +11,13 @@ import torch
 import transformers as hf
 from tiny_llava import processor
 from tokenizers import decoders
+from torch.utils.flop_counter import FlopCounterMode
 
 from pruneval import methods
-from pruneval.harness import models, subjects
+from pruneval.harness import measure, models, subjects
 from pruneval.harness.adapters import adapter_for
 from pruneval.harness.clip import ClipView, TextTower, asked
+from pruneval.harness.dimensions_config import text_tower_of
 from pruneval.harness.errors import UserError
 from pruneval.harness.session import pruned
 from pruneval.methods.base import Card, Method, Needs, Shape, Step
@@ -196,3 +198,30 @@ def test_where_the_text_tower_of_a_registered_model_is(tmp_path, monkeypatch):
     (tmp_path / "model" / "text_tower").mkdir(parents=True)
     assert models.text_tower(located) == str(tmp_path / "model" / "text_tower")
     assert models.text_tower(models.Located(models.entry("qwen2.5-vl-7b"), tmp_path, "")) is None
+
+
+# What it costs
+
+
+def test_its_cost_is_what_torch_counts(folder):
+    tower = TextTower.load(folder)
+    tower.text_model.set_attn_implementation("eager")
+    dimensions, view = text_tower_of(hf.AutoConfig.from_pretrained(folder)), ClipView(tower, LONG)
+    with FlopCounterMode(display=False) as counter:
+        view.question  # noqa: B018  is computed when it is read
+    assert counter.get_total_flops() == 2 * dimensions.question
+    with FlopCounterMode(display=False) as counter:
+        view.project(torch.randn(16, 32)) @ view.question[:, None]
+    assert counter.get_total_flops() == 2 * dimensions.cells(16, 32)
+
+
+@pytest.mark.parametrize("name", ["trim", "cdpruner"])
+def test_the_ledger_has_it_apart(name):
+    found = measure.implied("llava-1.5-7b", name, {"keep": 64 / 576})
+    assert (
+        found["macs"]["helpers"] == 12 * 77 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 77 * 768) + 768**2 + 576 * 1025 * 768
+    )
+    assert any(line.startswith("helper models") for line in found["not_counted"])
+    with pytest.raises(UserError, match="text tower are not known"):
+        measure.implied("qwen2.5-vl-7b", name)
+    assert measure.implied("llava-1.5-7b", "fastervlm")["macs"]["helpers"] == 0
