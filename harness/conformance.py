@@ -245,6 +245,8 @@ def masking(case: Case) -> None:
     method = case.method(position_mode="original")
     if method.card.merges:
         raise NotApplicable("merges tokens, so there is nothing to mask")
+    if method.card.reorders:
+        raise NotApplicable("reorders tokens, which no mask can do")
     if method.position_ids != "original":
         raise NotApplicable("renumbers positions, which no mask can do")
     sample = case.subject.samples[-1]

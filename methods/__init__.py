@@ -21,6 +21,8 @@ METHODS = {  # name: class, in the module of the same name
     "cls_topk": "ClsTopK",
     "fastervlm": "FasterVLM",
     "divprune": "DivPrune",
+    "gprune": "GPrune",
+    "holov": "HoloV",
     "fastv": "FastV",
     "pdrop": "PDrop",
     "tome": "ToMe",

@@ -71,6 +71,7 @@ class Card:
     commit: str = ""
     prompt_aware: bool = False
     merges: bool = False
+    reorders: bool = False  # whether survivors may change places
     calibrated: bool = False
     provisional: str = ""
 
