@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from pruneval.methods.step import Reduction, Step, torch
 
@@ -29,12 +30,13 @@ def land(step: Step, in_order: bool) -> Reduction | None:
         there = tokens >= 0
         if bool(there.all()) or (in_order and bool(there.any())):
             chosen = step.visual[tokens[there]]
-            parts.append((chosen.sort().values if in_order else chosen, there.new_zeros(len(chosen)), None))
+            whole = there.new_zeros(len(chosen))
+            parts.append((chosen.sort().values if in_order else chosen, whole, whole, None))
         else:
             carrier = _carrier(step, mine, tokens)
             values = torch.cat([passed[tile].features for tile in mine])
-            parts.append((torch.where(there, step.visual[tokens], carrier), ~there, values[~there]))
-    return _stream(step, parts)
+            parts.append((torch.where(there, step.visual[tokens], carrier), ~there, ~there, values[~there]))
+    return stream(step, parts)
 
 
 def _carrier(step: Step, tiles: list[int], tokens: torch.Tensor) -> torch.Tensor:
@@ -46,17 +48,24 @@ def _carrier(step: Step, tiles: list[int], tokens: torch.Tensor) -> torch.Tensor
     return step.visual[under.nonzero()[0, 0]]
 
 
-def _stream(step: Step, parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]) -> Reduction:
-    """Text and the images' tokens (stream indices, which are tokens of their own, their values) in one stream; an image
-    stands where its first token stood.
+def stream(
+    step: Step, parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]
+) -> Reduction:
+    """Text and parts of it that are visual, each where its first token stood, in one stream.
+
+    Args:
+        step: the boundary.
+        parts: (m,) stream indices in the order in which they go on; (m,) which of them carry a value; (m,) which of
+            these are tokens of their own; the values in order, or None when there are none.
     """
     text = step.text
-    keep = torch.cat([text, *(index for index, _, _ in parts)])
-    anchor = torch.cat([text, *(index.min().expand(len(index)) for index, _, _ in parts)])
-    own = torch.cat([torch.zeros_like(text, dtype=torch.bool), *(flag for _, flag, _ in parts)])
+    keep = torch.cat([text, *(index for index, *_ in parts)])
+    anchor = torch.cat([text, *(index.min().expand(len(index)) for index, *_ in parts)])
+    none = torch.zeros_like(text, dtype=torch.bool)
+    made = torch.cat([none, *(flag for _, flag, _, _ in parts)])
+    own = torch.cat([none, *(flag for _, _, flag, _ in parts)])
     order = torch.sort(anchor, stable=True).indices
-    values = [values for _, _, values in parts if values is not None]
+    values = [values for *_, values in parts if values is not None]
     if not values:
         return Reduction(keep[order])
-    slots = torch.argsort(order)[own]
-    return Reduction(keep[order], slots, torch.cat(values), torch.ones(len(slots), dtype=torch.bool))
+    return Reduction(keep[order], torch.argsort(order)[made], torch.cat(values), own[made])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pruneval.methods.base import Card, Method, MethodError, Needs, Positions, Reduction, Shape, Step, kept, torch
-from pruneval.methods.salience import grids, newlines_of, spread
+from pruneval.methods.salience import grids, newlines_of, spread, tower_features
 from pruneval.methods.uniform import centres
 
 
@@ -83,15 +83,6 @@ class AvgPool(Method):
         keep = step.keep(stays).keep
         slots = torch.searchsorted(keep, step.visual[pooled])
         return Reduction(keep, slots, made, torch.zeros(len(slots), dtype=torch.bool))
-
-
-def tower_features(step: Step) -> torch.Tensor:
-    """(N, d_v) what the tower gives the projector for each visual token; several cells of a token side by side."""
-    cls = int(step.shape.has_cls)
-    cells = [hidden[cls:] for hidden in step.vision.hidden(step.shape.feature_layer)]
-    if step.shape.merge > 1:
-        return torch.cat([step.vision.blocks(tile).flatten(1) for tile in cells])
-    return step.vision.to_tokens(cells)
 
 
 def fit(count: int, rows: int, columns: int) -> tuple[int, int]:

@@ -6,10 +6,9 @@ The distance is 1 - cosine of the projected tokens at the input of the language 
 
 Following the released code, newlines are candidates like any other (identical, so one stays until distances run out),
 the selection is over all tokens of an image or video, base view and crops together, and positions are compact. The code
-knows prompts with one image; of several, each has its share here (`scope=prompt` selects over all of them). Where
-frames of a video are images with text between them, `scope=prompt` sees what repeats from frame to frame. Distances
-are taken in float32, and what was picked is not looked at again. A community port to Qwen2.5-VL keeps `original`
-positions.
+knows prompts with one image; of several, each has its share here (`scope=prompt` selects over all of them), and so has
+a video, over all frames. Distances are taken in float32, and what was picked is not looked at again. A community port
+to Qwen2.5-VL keeps `original` positions.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pruneval.methods.base import Card, Method, MethodError, Needs, Positions, Reduction, Shape, Step, kept, torch
+from pruneval.methods.grids import images
 from pruneval.methods.salience import spread
 
 BLOCK = 1024  # rows of the distance matrix held at once
@@ -54,7 +54,7 @@ class DivPrune(Method):
             raise MethodError(f"divprune: scope must be image or prompt, not {self.scope!r}")
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
-        return {0: Needs()}
+        return {0: Needs(frames=self.scope == "image")}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
         return [kept(n, self.keep)] * shape.layers
@@ -67,19 +67,11 @@ class DivPrune(Method):
         count = kept(step.total, self.keep)
         if count >= step.total:
             return None
-        groups = self._groups(step)
+        groups = images(step) if self.scope == "image" else [torch.arange(step.total, device=step.visual.device)]
         shares = spread(count, [len(mine) for mine in groups], least=1)
         hidden = step.hidden[step.visual]
         chosen = [mine[max_min(hidden[mine], share)] for mine, share in zip(groups, shares, strict=True)]
         return step.keep(torch.cat(chosen))
-
-    def _groups(self, step: Step) -> list[torch.Tensor]:
-        """Numbers of the visual tokens that are selected from together."""
-        if self.scope == "prompt":
-            return [torch.arange(step.total, device=step.visual.device)]
-        stops = step.visual.new_tensor([stop for _, stop in step.spans])
-        image = torch.bucketize(step.origin[step.visual], stops, right=True)
-        return [(image == each).nonzero().squeeze(-1) for each in image.unique()]
 
 
 def max_min(tokens: torch.Tensor, count: int) -> torch.Tensor:

@@ -102,6 +102,26 @@ def token_salience(step: Step) -> torch.Tensor:
     return step.vision.to_tokens([salience(each, cls) for each in step.vision.attention(step.shape.feature_layer)])
 
 
+def outliers(score: torch.Tensor) -> int:
+    """How many scores lie above the third quartile by more than 1.5 interquartile ranges; at least one."""
+    low, high = score.quantile(score.new_tensor([0.25, 0.75]))
+    return max(1, int((score > high + 1.5 * (high - low)).sum()))
+
+
+def tower_features(step: Step) -> torch.Tensor:
+    """(N, d_v) what the tower gives the projector for each visual token; several cells of a token side by side."""
+    if step.shape.merge == 1:
+        return tower_means(step)
+    cells = step.vision.hidden(step.shape.feature_layer)
+    return torch.cat([step.vision.blocks(tile[int(step.shape.has_cls) :]).flatten(1) for tile in cells])
+
+
+def tower_means(step: Step) -> torch.Tensor:
+    """(N, d_v) the same, with the mean of a token's cells."""
+    cells = step.vision.hidden(step.shape.feature_layer)
+    return step.vision.to_tokens([tile[int(step.shape.has_cls) :] for tile in cells])
+
+
 def tiles(step: Step) -> list[Area]:
     """The tokens of each tile of the tower; some may have none."""
     if step.shape.sheets:
