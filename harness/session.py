@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pruneval.harness.adapters import Adapter, Encoding, adapter_for
 from pruneval.harness.attention import Recorder, watching
 from pruneval.harness.errors import UserError
+from pruneval.harness.helper import Helping
 from pruneval.harness.layout import Layout, Trace
 from pruneval.harness.prefill import Prefill
 from pruneval.harness.tower import Towers
@@ -83,12 +84,15 @@ class Session:
         self.evicting = method.evicting(self.shape)
         self.selecting = method.selecting(self.shape)
         self.text_tower = adapter.text_tower() if any(need.clip for need in self.needs.values()) else None
+        helper = adapter.helper if any(need.helper for need in self.needs.values()) else None
+        self.helping = None if helper is None else Helping(adapter, helper)
         self.towers = Towers(self)
         self.recorder = Recorder()
         self.encoded: list[Encoding] = []
         self.vision_hidden: dict[int, Tensor] = {}
         self.rotary_position: Tensor | None = None
         self._input_ids: Tensor | None = None
+        self._pixels: Tensor | None = None
         self._prefill: Prefill | None = None
         self._uncached: Tensor | None = None
 
@@ -112,6 +116,8 @@ class Session:
         for index in sorted({layer for need in self.needs.values() for layer in need.vision}):
             for tower in adapter.towers:
                 handles.append(tower[index].register_forward_hook(functools.partial(self._after_vision_layer, index)))
+        if any(need.pixels for need in self.needs.values()):
+            handles += [pre(eye, self._before_tower) for eye in adapter.eyes]
         for handle in handles:
             stack.callback(handle.remove)
 
@@ -153,6 +159,7 @@ class Session:
                 return original(*args, **kwargs)
             self.vision_hidden.clear()
             self.recorder.calls.clear()
+            self._pixels = None
             kind = name.removeprefix("get_").removesuffix("_features")
             arguments = signature.bind(*args, **kwargs).arguments
             self.recorder.on = True
@@ -166,7 +173,9 @@ class Session:
             lengths = tuple(item.shape[:-1].numel() for item in out.pooler_output)
             # one of a kind per prompt: an earlier one belongs to a prompt that failed
             self.encoded = [encoding for encoding in self.encoded if encoding.kind != kind]
-            self.encoded.append(Encoding(kind, arguments, lengths, calls, dict(self.vision_hidden), passed))
+            self.encoded.append(
+                Encoding(kind, arguments, lengths, calls, dict(self.vision_hidden), passed, self._pixels)
+            )
             self.recorder.calls.clear()
             return out
 
@@ -178,6 +187,9 @@ class Session:
 
     def _before_model(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._input_ids = args[0] if args else kwargs.get("input_ids")
+
+    def _before_tower(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._pixels = self.adapter.seen(args[0] if args else kwargs["pixel_values"])
 
     def _before_rotary(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.rotary_position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pruneval.methods.clip import Clip
+    from pruneval.methods.helper import Helper, Reading
 else:
 
     class _LazyTorch(ModuleType):
@@ -67,6 +68,8 @@ class Needs:
         frames: whether it reads how videos are made of frames (`Step.clips`).
         clip: whether it compares cells with the question in CLIP's space (`Step.clip`); only models that look through a
             CLIP tower, and whose text tower is at hand, have it.
+        helper: how a helper model reads the prompt (`Step.helper`), for methods that have one.
+        pixels: whether it reads the tiles' pixels (`Vision.pixels`); only towers that take whole tiles have them.
     """
 
     attention: tuple[int, ...] = ()
@@ -74,6 +77,8 @@ class Needs:
     vision: tuple[int, ...] = ()
     frames: bool = False
     clip: bool = False
+    helper: Reading | None = None
+    pixels: bool = False
 
 
 class Attention(Protocol):
@@ -151,6 +156,9 @@ class Vision(Protocol):
     def blocks(self, cells: Tensor) -> Tensor:
         """(P, ...) of a tile's cells as (t, b, ...) of its tokens' blocks, where `Shape.merge` is more than 1."""
 
+    def pixels(self) -> list[Tensor]:
+        """(3, height, width) per tile, in [0, 1]; if asked for."""
+
     def passed(self) -> list[Passed] | None:
         """What came through the tower, one per tile; None when nothing left any of them (`Method.at_encode`)."""
 
@@ -225,6 +233,7 @@ class Step:
         clips: if asked for, (F, P) origins of the tokens of each video's frames, as `Vision.clips`; some may be gone.
         clip: the question in CLIP's space, if asked for.
         upcoming: what `next` calls.
+        helping: what `helper` calls.
         final_norm: the norm behind the last decoder layer, (..., d) -> (..., d).
         memory: what the method wants to remember until the next boundary of the same prompt.
     """
@@ -243,6 +252,7 @@ class Step:
     clips: Sequence[Tensor] = ()
     clip: Clip | None = None
     upcoming: Callable[[], Attention] | None = None
+    helping: Callable[[], Helper] | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     final_norm: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
@@ -252,6 +262,13 @@ class Step:
         if self.upcoming is None:
             raise MethodError(f"the attention of layer {self.layer} was not asked for in needs()")
         return self.upcoming()
+
+    @property
+    def helper(self) -> Helper:
+        """What the helper model makes of the sample; it runs when this is first read. Needs `Needs(helper=...)`."""
+        if self.helping is None:
+            raise MethodError(f"no helper was asked for in needs() at layer {self.layer}")
+        return self.helping()
 
     @property
     def text(self) -> Tensor:

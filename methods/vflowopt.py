@@ -2,7 +2,9 @@
 
 The map comes from the attention (mean over heads) of the vision encoder's layer that is projected: cells that receive
 more than `trust` times the mean are trusted, and a cell's importance is the attention it gets from them. Where no cell
-is trusted it is what a cell receives on average. Cells that become one token have their mean; newlines, and CLS tokens
+is trusted it is what a cell receives on average. To it comes `alpha` times the softmax, over a tile's cells, of the
+entropy of a cell's grey values (bits, 256 bins; on the image's own values, while the released code takes them after
+normalisation). Cells that become one token have their mean; newlines, and CLS tokens
 of video frames, have importance 1. In encoders with CLS its row and column are left out.
 
 Before the language model the fraction R1 of the tokens stays. Of the lowest, int(n / side^2) more than that takes are
@@ -13,13 +15,15 @@ R3 of what is left stay, by the same map. With several images each keeps R1 of i
 these nothing is gathered.
 
 `keep` is the mean over decoder layers of R1, R1 R2 and R1 R2 R3, and R3 follows from it. The authors find R1, R2,
-`trust` and `side` by Bayesian optimisation for each budget; what was released for LLaVA-OneVision is in the presets.
+`trust`, `alpha` and `side` by Bayesian optimisation for each budget; what was released for LLaVA-OneVision, with
+alpha 0, is in the presets.
 With `rates` = auto (ours) R1 is 1.25 `keep` and R2 3/4, both within the ranges the search was given, or as much more as
 `keep` takes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -38,6 +42,7 @@ from pruneval.methods.base import (
     torch,
 )
 from pruneval.methods.grids import images, places
+from pruneval.methods.recipe import numbers, read_recipe, searched_for
 
 TINY = 1e-12
 
@@ -70,7 +75,8 @@ class VFlowOpt(Method):
 
     `rates` is auto or R1,R2. `recycle` is about (as published), exact (as many more tokens are gathered as squares they
     fill, so that the count is exact; ours) or none. In `variant` = code importance is the mean over trusted cells, not
-    their sum, and positions are renumbered in the first stage only, where the paper keeps them.
+    their sum, and positions are renumbered in the first stage only, where the paper keeps them. A `recipe`, as a search
+    writes it, gives keep, rates, trust, alpha and side instead.
     """
 
     card: ClassVar[Card] = Card(
@@ -101,11 +107,18 @@ class VFlowOpt(Method):
     rates: str = "auto"
     trust: float = 34.76
     side: float = 15.581
+    alpha: float = 0.0
     recycle: str = "about"
     variant: str = "paper"
+    recipe: str = ""
     position_mode: Positions = "original"
 
     def check(self) -> None:
+        if self.recipe:
+            found = numbers("vflowopt", self.recipe, "keep", "trust", "alpha", "side")
+            found["rates"] = str(read_recipe("vflowopt", self.recipe).get("rates"))
+            for name, value in found.items():
+                object.__setattr__(self, name, value)
         if self.recycle not in ("about", "exact", "none"):
             raise MethodError(f"vflowopt: recycle must be about, exact or none, not {self.recycle!r}")
         if self.variant not in ("paper", "code"):
@@ -131,10 +144,12 @@ class VFlowOpt(Method):
         return {0: one, third: two, 2 * third: three}
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
+        if self.recipe:
+            searched_for("vflowopt", self.recipe, shape)
         if shape.layers < 3:
             raise MethodError("vflowopt: needs a model of at least three decoder layers")
         later = {layer: Needs() for layer in self.stages(shape)}
-        return later | {0: Needs(vision=(shape.feature_layer,), frames=True)}
+        return later | {0: Needs(vision=(shape.feature_layer,), frames=True, pixels=self.alpha != 0)}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
         stages, counts = self.stages(shape), []
@@ -166,6 +181,11 @@ class VFlowOpt(Method):
         """(N,) importance of the visual tokens, before the language model."""
         view, cls = step.vision, int(step.shape.has_cls)
         maps = [self.context(attention, cls) for attention in view.attention(step.shape.feature_layer)]
+        if self.alpha:
+            maps = [
+                one + self.alpha * entropy(pixels, len(one)).softmax(0).to(one)
+                for one, pixels in zip(maps, view.pixels(), strict=True)
+            ]
         return view.to_tokens(maps, fill=1.0)
 
     def context(self, attention: Attention, cls: int) -> torch.Tensor:
@@ -199,6 +219,22 @@ class VFlowOpt(Method):
         keep = step.keep(torch.cat([order[:first], others[best]])).keep
         slots = torch.searchsorted(keep, step.visual[others[best]][several])
         return Reduction(keep, slots, (total[:, 1:] / total[:, :1])[several].to(step.hidden))
+
+
+def entropy(pixels: torch.Tensor, cells: int) -> torch.Tensor:
+    """(P,) Shannon entropy, in bits, of the grey values (256 bins) of a tile's cells, row by row.
+
+    Args:
+        pixels: (3, height, width) in [0, 1].
+        cells: P; the tile has as many rows as columns of them.
+    """
+    rows = math.isqrt(cells)
+    grey = (pixels.float().mean(0) * 255).round().long()
+    side, wide = grey.shape[0] // rows, grey.shape[1] // rows
+    patches = grey[: rows * side, : rows * wide].unflatten(0, (rows, side)).unflatten(2, (rows, wide))
+    patches = patches.transpose(1, 2).reshape(cells, side * wide)
+    counts = torch.zeros(cells, 256, device=grey.device).scatter_add_(1, patches, torch.ones_like(patches).float())
+    return torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1) / math.log(2)
 
 
 def left(n: int, rate: float) -> int:

@@ -14,7 +14,7 @@ from pruneval.harness.session import pruned
 from pruneval.harness.subjects import subject, tiny
 from pruneval.methods import MethodError
 from pruneval.methods.budget import solve
-from pruneval.methods.vflowopt import RELEASED, filling, last_rate, left, mean_rate
+from pruneval.methods.vflowopt import RELEASED, entropy, filling, last_rate, left, mean_rate
 
 LASTING = (9, 9, 10)
 MAP = [[0.1, 0.6, 0.2, 0.1], [0.2, 0.5, 0.2, 0.1], [0.1, 0.7, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]
@@ -217,3 +217,50 @@ def test_wrong_parameters(params, message):
 def test_rates_that_leave_too_much():
     with pytest.raises(MethodError, match=r"with rates=0\.9,0\.9 more than keep=0\.1 stays"):
         methods.build("vflowopt", {"keep": 0.1, "rates": "0.9,0.9"}).needs(shape(28))
+
+
+def test_entropy_of_grey_values():
+    flat, noisy = torch.zeros(3, 4, 4), torch.zeros(3, 4, 4)
+    noisy[:, 0, 0], noisy[:, 0, 1] = 1.0, 0.5  # the first patch has three values: 2 of 4, 1, 1
+    assert entropy(flat, 4).tolist() == [0, 0, 0, 0]
+    torch.testing.assert_close(entropy(noisy, 4), torch.tensor([1.5, 0, 0, 0]))
+
+
+def test_alpha_prefers_cells_with_detail():
+    """With equal attention everywhere the entropy of a cell's pixels decides."""
+    flat = tile(torch.full((4, 4), 0.25), (2, 2))
+    pixels = torch.zeros(3, 4, 4)
+    pixels[:, 2:, 2:] = torch.tensor([[0.1, 0.9], [0.4, 0.7]])
+    flat.vision.pixels = lambda: [pixels]
+    score = methods.build("vflowopt", {"alpha": 1.0}).score(flat)
+    assert score.argmax() == 3 and score[0] == score[1] == score[2]
+    assert methods.build("vflowopt").score(flat).unique().numel() == 1
+
+
+def test_pixels_are_those_of_the_image():
+    """Read back from what the tower got, tile by tile, without the processor's normalisation."""
+    from PIL import Image
+
+    from pruneval.harness import models
+
+    loaded = models.load("pocket-llava", "cpu", "float32", None)
+    image = Image.fromarray(torch.randint(0, 256, (96, 96, 3), dtype=torch.uint8).numpy())
+    seen = []
+
+    class Looks(type(methods.build("vflowopt"))):
+        def score(self, step):
+            seen.extend(step.vision.pixels())
+            return super().score(step)
+
+    inputs = loaded.processor(images=image, text="USER: <image>\nWhat? ASSISTANT:", return_tensors="pt")
+    with torch.no_grad(), pruned(loaded.model, Looks(alpha=0.5), adapter=loaded.adapter):
+        loaded.model(**inputs)
+    expected = torch.tensor(list(image.get_flattened_data())).reshape(96, 96, 3).movedim(-1, 0) / 255
+    torch.testing.assert_close(seen[0], expected, atol=1e-4, rtol=0)
+
+
+def test_pixels_need_a_tower_that_takes_tiles():
+    from pruneval.harness.adapters import adapter_for
+
+    reason = adapter_for(tiny("qwen2_5_vl")).supports(methods.build("vflowopt", {"alpha": 0.5}))
+    assert "patches of any grid" in reason

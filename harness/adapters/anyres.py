@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from pruneval.harness.adapters.base import Adapter, Encoding, passed
+from pruneval.harness.adapters.base import Adapter, Encoding, passed, pixels
 from pruneval.harness.attention import HeadAttention
 from pruneval.methods.step import Passed
 
@@ -288,6 +288,10 @@ class SheetView:
     def place_of(self) -> Tensor:
         """(N, 2) row and column in that sheet; newlines stand right of their row, or below the last one."""
         return torch.cat([sheet.places() for sheet in self._sheets]).to(self._device)
+
+    def pixels(self) -> list[Tensor]:
+        """(3, height, width) per tile, in [0, 1]."""
+        return pixels(self._where)
 
     def passed(self) -> list[Passed] | None:
         """What came through the tower, one per tile; None when all of it did."""

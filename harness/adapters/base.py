@@ -5,6 +5,7 @@ That is where things are, and how the vision tower's view maps to the prompt's v
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from pruneval.harness.clip import TextTower
 from pruneval.harness.errors import UserError
+from pruneval.harness.helper import reason as helper_reason
 from pruneval.harness.layout import Layout
 from pruneval.methods.base import Method, MethodError, Shape
 from pruneval.methods.step import Passed
@@ -34,6 +36,7 @@ class Encoding:
         calls: recorded attention calls (`pruneval.harness.attention.Call`), by encoder layer.
         hidden: outputs of the encoder layers asked for, by layer.
         passed: what came through the tower, one per tile, if a method works inside it.
+        pixels: (tiles, 3, height, width) in [0, 1], if asked for.
     """
 
     kind: str
@@ -42,6 +45,12 @@ class Encoding:
     calls: Mapping[int, list[Any]]
     hidden: Mapping[int, Tensor]
     passed: tuple[Passed, ...] = ()
+    pixels: Tensor | None = None
+
+
+def pixels(where: list[tuple[Encoding, int]]) -> list[Tensor]:
+    """The pixels of these tiles."""
+    return [encoding.pixels[row] for encoding, row in where if encoding.pixels is not None]
 
 
 def passed(where: list[tuple[Encoding, int]]) -> list[Passed] | None:
@@ -58,7 +67,7 @@ class Adapter(ABC):
     The defaults fit transformers' composition `model.model.{vision_tower, multi_modal_projector, language_model}`.
     `whole_items` says whether `Encoding.lengths` counts whole images and videos, whose placeholders may stand side by
     side. `merge` is the number of the tower's cells that become one token. `clip` is the CLIP model that the tower
-    comes from, as it was given; see `text_tower`.
+    comes from, as it was given; see `text_tower`. `helper` is the adapter of a second model, for methods that have one.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -75,6 +84,13 @@ class Adapter(ABC):
         self.processor = processor
         self.config = model.config
         self.clip = text_tower
+        self.helper: Adapter | None = None
+
+    def helped(self, helper: Adapter) -> Adapter:
+        """This adapter with a helper model at its side."""
+        other = copy.copy(self)
+        other.helper = helper
+        return other
 
     # The language model
 
@@ -187,6 +203,22 @@ class Adapter(ABC):
         """
         return None
 
+    @property
+    def eyes(self) -> list[nn.Module]:
+        """The modules that are called with (tiles, 3, height, width) pixels; none where patches come packed."""
+        return [self.vision_tower]
+
+    def seen(self, values: Tensor) -> Tensor:
+        """(tiles, 3, height, width) of a tower's input in [0, 1], without the processor's normalisation.
+
+        Raises: UserError when the processor is not at hand.
+        """
+        processor = getattr(self.processor, "image_processor", None)
+        if processor is None:
+            raise UserError("reading pixels needs the model's processor: adapter_for(model, processor)")
+        mean, std = (values.new_tensor(part)[:, None, None] for part in (processor.image_mean, processor.image_std))
+        return (values * std + mean).clamp(0, 1)
+
     def encoder_reason(self) -> str:
         """Why tokens can't leave inside this model's tower; empty when they can."""
         return ""
@@ -201,6 +233,15 @@ class Adapter(ABC):
                 "none: adapter_for(model, processor, text_tower=...)"
             )
         return ""
+
+    def helper_reason(self) -> str:
+        """Why there is no helper model for this one; empty when there is."""
+        if self.helper is None:
+            return (
+                "it needs a helper model with the same visual tokens: parameter helper, or "
+                "adapter_for(model, processor, helper=...)"
+            )
+        return helper_reason(self, self.helper)
 
     def text_tower(self) -> TextTower:
         """The rest of the model's CLIP, next to the model, in float32 or the model's higher precision.
@@ -292,6 +333,10 @@ class Adapter(ABC):
         except MethodError as error:
             return str(error)
         reason = self.encoder_reason() if places else ""
+        if not self.eyes and any(need.pixels for need in method.needs(self.shape).values()):
+            reason = "this model's tower takes patches of any grid, not tiles whose pixels could be read"
         if not reason and any(need.clip for need in needs.values()):
             reason = self.text_reason()
+        if not reason and any(need.helper for need in needs.values()):
+            reason = self.helper_reason()
         return f"{method.card.name}: {reason}" if reason else None

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruneval.harness.adapters.base import Adapter, Encoding, passed
+from pruneval.harness.adapters.base import Adapter, Encoding, passed, pixels
 from pruneval.harness.attention import HeadAttention
 from pruneval.methods.step import Passed
 
@@ -132,6 +132,10 @@ class TileView:
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,), or (tiles, P, k) -> (N, k): a token gets the mean over its block; every token has one."""
         return torch.cat([self.blocks(torch.as_tensor(tile)).mean(1) for tile in cells])
+
+    def pixels(self) -> list[Tensor]:
+        """(3, height, width) per tile, in [0, 1]."""
+        return pixels(self._where)
 
     def passed(self) -> list[Passed] | None:
         """What came through the tower, one per tile; None when all of it did."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruneval.harness.adapters.base import Adapter, Encoding, passed
+from pruneval.harness.adapters.base import Adapter, Encoding, passed, pixels
 from pruneval.harness.attention import HeadAttention
 from pruneval.methods.step import Passed
 
@@ -69,6 +69,10 @@ class TileView:
     def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
         """(tiles, P) -> (N,) or (tiles, P, k) -> (N, k): cells and tokens are the same, in the same order."""
         return torch.cat([torch.as_tensor(part) for part in cells])
+
+    def pixels(self) -> list[Tensor]:
+        """(3, height, width) per tile, in [0, 1]."""
+        return pixels(self._where)
 
     def passed(self) -> list[Passed] | None:
         """What came through the tower, one per tile; None when all of it did."""

@@ -65,6 +65,10 @@ class QwenVL(Adapter):
         return self.config.vision_config.spatial_merge_size**2
 
     @property
+    def eyes(self) -> list[nn.Module]:
+        return []
+
+    @property
     def projector(self) -> nn.Module:
         return self.vision_tower.merger
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruneval.harness.adapters.base import Adapter, Encoding, passed
+from pruneval.harness.adapters.base import Adapter, Encoding, passed, pixels
 from pruneval.harness.attention import HeadAttention
 from pruneval.methods.step import Passed
 
@@ -40,6 +40,10 @@ class VideoLlava(Adapter):
     @property
     def towers(self) -> list[list[nn.Module]]:
         return [self.vision_layers, list(self.model.model.video_tower.encoder.layers)]
+
+    @property
+    def eyes(self) -> list[nn.Module]:
+        return [self.model.model.image_tower, self.model.model.video_tower]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -122,6 +126,10 @@ class FrameView:
             extra = encoding.lengths[row] - len(part)
             parts.append(torch.nn.functional.pad(part, (*(0, 0) * (part.ndim - 1), extra, 0), value=fill))
         return torch.cat(parts)
+
+    def pixels(self) -> list[Tensor]:
+        """(3, height, width) per tile, in [0, 1]."""
+        return pixels(self._where)
 
     def passed(self) -> list[Passed] | None:
         """What came through the tower, one per tile; None when all of it did."""

@@ -274,6 +274,50 @@ def _budget(search: Search) -> tuple[str, float, Callable[[list[int]], float] | 
         raise UserError(str(error)) from error
 
 
+def _vflowopt(search: Search, kept: Any) -> dict[str, Any]:
+    from pruneval.harness.search import vflowopt
+
+    currency, target, _ = _budget(search)
+    if currency != "avg_in":
+        raise UserError(f"vflowopt's budget is avg_in, not {currency}")
+    keep = target / search.tokens
+    if not 0 < keep < 1:
+        raise UserError(f"avg_in={target:g} is not below the {search.tokens} visual tokens of a sample")
+    choose = vflowopt.TARGETS[search.args.target]
+    full = search.objective.states(methods.build("vanilla"), choose)
+    trials = search.args.trials or vflowopt.TRIALS
+    search.show.expect(trials)
+
+    def objective(params: dict[str, float]) -> float:
+        try:
+            method = methods.build("vflowopt", _knobs(keep, params))
+            method.needs(search.shape)
+        except methods.MethodError:  # R1 and R2 alone leave more than the budget
+            return 0.0
+        return vflowopt.similarity(search.objective.states(method, choose), full)
+
+    side = round(search.tokens**0.5)
+    found, _ = vflowopt.search(
+        objective,
+        vflowopt.space(keep, side),
+        study=search.study,
+        trials=trials,
+        on_trial=lambda trial: search.show.trial(
+            trial.value, ", ".join(f"{name} {value:.3g}" for name, value in trial.params.items())
+        ),
+    )
+    return {
+        "objective": f"sum over samples of the cosine at the {search.args.target} token",
+        "budget": {"currency": currency, "target": target},
+        **_knobs(keep, found),
+    }
+
+
+def _knobs(keep: float, params: dict[str, float]) -> dict[str, Any]:
+    rest = {name: params[name] for name in ("trust", "alpha", "side")}
+    return {"keep": keep, "rates": f"{params['first']!r},{params['second']!r}", **rest}
+
+
 def _fitprune(search: Search, kept: Any) -> dict[str, Any]:
     from pruneval.harness.search import fitprune
 
@@ -330,6 +374,7 @@ def _vtw(search: Search, kept: Any) -> dict[str, Any]:
 SEARCHES: dict[str, Callable[[Search, Any], dict[str, Any]]] = {
     "gsearch": _gsearch,
     "psigmoid": _psigmoid,
+    "vflowopt": _vflowopt,
     "fitprune": _fitprune,
     "vtw": _vtw,
 }

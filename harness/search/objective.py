@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pruneval.harness.errors import UserError
+from pruneval.harness.layout import Tokens
 from pruneval.harness.models import LoadedModel
 from pruneval.harness.search.data import Calibration, Sample
 from pruneval.harness.search.prefix import Shared, shared
@@ -69,12 +70,12 @@ class Objective:
             right += sum(_right(text, self.data.samples[i]) for i, text in zip(batch, texts, strict=True))
         return right / len(self.data.samples)
 
-    def states(self, method: Method, choose: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    def states(self, method: Method, choose: Callable[[Tensor, Tokens], Tensor] | None = None) -> list[Tensor]:
         """What the last decoder layer gives behind the final norm, at the last prompt token: (d,) per sample.
 
         Args:
             method: what prunes.
-            choose: what to take of a sample's (n, d) tokens instead.
+            choose: what to take instead of a sample's (n, d) states, given which tokens these are.
         """
         found: list[Tensor | None] = [None] * len(self.data.samples)
         for batch, inputs, running in self._runs(method, "states"):
@@ -89,7 +90,7 @@ class Objective:
                 hook.remove()
             for i, row, tokens in zip(batch, outputs[0], layout.samples, strict=True):
                 row = row[len(row) - len(tokens) :]
-                found[i] = row[-1] if choose is None else choose(row)
+                found[i] = row[-1] if choose is None else choose(row, tokens)
         return [state for state in found if state is not None]
 
     def distributions(self, method: Method) -> Tensor:

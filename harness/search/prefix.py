@@ -24,8 +24,10 @@ from pruneval.methods.base import Method, Needs, Reduction, Shape, Step
 class Shared:
     """What has been kept, by batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
         self.batch: Any = None
+        self.looks = False  # whether the method wants to see the tower at work
         self.depth = 0
         self.features: dict[Any, Any] = {}
         self.streams: dict[Any, Tensor] = {}
@@ -42,13 +44,18 @@ class Shared:
     def start(self, batch: Any, method: Method) -> Method:
         """Names the batch that is about to run, by anything hashable; the method to run it with."""
         self.batch = batch
+        needs = method.needs(self.shape).values()
+        self.looks = bool(method.encoding(self.shape)) or any(n.vision or n.pixels or n.clip for n in needs)
         return cast(Method, Replay(method, self)) if self.depth else method
 
 
 @contextmanager
 def shared(adapter: Adapter) -> Iterator[Shared]:
-    """Shares image features and lower layers between the runs of a batch: `.start` before each, `.deeper` at will."""
-    kept = Shared()
+    """Shares image features and lower layers between the runs of a batch: `.start` before each, `.deeper` at will.
+
+    Features are not shared where the method reads what happens inside the vision tower.
+    """
+    kept = Shared(adapter.shape)
     with ExitStack() as stack:
         inner = adapter.model.model
         for name in ("get_image_features", "get_video_features"):
@@ -64,6 +71,8 @@ def shared(adapter: Adapter) -> Iterator[Shared]:
 def _remembering(kept: Shared, name: str, original: Any) -> Any:
     @functools.wraps(original)
     def encode(*args: Any, **kwargs: Any) -> Any:
+        if kept.looks:
+            return original(*args, **kwargs)
         key = (kept.batch, name)
         if key not in kept.features:
             kept.features[key] = original(*args, **kwargs)
