@@ -162,7 +162,7 @@ def asked(processor: Any, ids: Tensor, visual: Tensor) -> str:
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     places = visual.nonzero().squeeze(-1)
-    head, tail = (_plain(tokenizer, part) for part in _template(processor))
+    head, tail = (plain(tokenizer, part) for part in template(processor))
     text = tokenizer.decode(ids[int(places[-1]) + 1 :], skip_special_tokens=True).strip().removesuffix(tail).strip()
     if not text:
         text = tokenizer.decode(ids[: int(places[0])], skip_special_tokens=True).strip().removeprefix(head).strip()
@@ -171,7 +171,7 @@ def asked(processor: Any, ids: Tensor, visual: Tensor) -> str:
     return text
 
 
-def _template(processor: Any) -> tuple[str, str]:
+def template(processor: Any) -> tuple[str, str]:
     """What the chat template puts in front of a user's text and behind it."""
     if not getattr(processor, "chat_template", None):
         return "", ""
@@ -181,7 +181,7 @@ def _template(processor: Any) -> tuple[str, str]:
     return head, tail
 
 
-def _plain(tokenizer: Any, text: str) -> str:
+def plain(tokenizer: Any, text: str) -> str:
     """Text as it comes back from ids, without special tokens."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -22,6 +22,7 @@ from pruneval.methods.base import MethodError, Reduction, Step
 if TYPE_CHECKING:
     from pruneval.harness.adapters.base import Encoding
     from pruneval.harness.attention import HeadAttention
+    from pruneval.harness.helper import HelperView
     from pruneval.harness.session import Session
 
 
@@ -57,6 +58,7 @@ class Prefill:
         self.stream: Stream | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in range(ids.shape[0])]
         self._questions = Questions(session.text_tower, session.adapter.processor)
+        self._helped: dict[int, list[HelperView | None]] = {}
         self.trace: Trace
         self.embeddings: Tensor
 
@@ -88,6 +90,7 @@ class Prefill:
         self.encoded, self.embeddings = [], self.embeddings[:, :0]  # what decoding does not need
         self.rotation = None
         self.__dict__.pop("_visions", None)
+        self._helped.clear()
         if self.cache is None or not self.active:
             return
         lengths = [self.cache.layers[layer].keys.shape[-2] for layer in range(self.trace.layers)]
@@ -212,6 +215,7 @@ class Prefill:
             clips=self._clips(row) if need.frames else (),
             clip=self._clip(row) if need.clip else None,
             upcoming=(lambda: self._sampled(upcoming(), row, tokens, self.stream)) if need.next else None,
+            helping=functools.partial(self._help, index, row) if need.helper else None,
             memory=self.memory[row],
             final_norm=session.adapter.final_norm,
         )
@@ -224,6 +228,17 @@ class Prefill:
         given, real = self.session.questions, self.real[row]
         text = None if given is None else self._of_sample(given, row, "questions")
         return self._questions.view(self.ids[row][real], self.visual[row][real], text)
+
+    def _help(self, index: int, row: int) -> HelperView:
+        """What the helper makes of a sample; it reads the whole batch when the first sample asks."""
+        session, beams = self.session, self._beams
+        if not beams:
+            raise UserError(f"{session.method.card.name}: images must be encoded within the pruned() block")
+        if index not in self._helped:
+            rows = range(0, len(self.memory), beams)
+            prompts = [(self.ids[each][self.real[each]], self.visual[each][self.real[each]]) for each in rows]
+            self._helped[index] = session.helping.read(session.needs[index].helper, prompts, self.encoded)
+        return self._helped[index][row // beams]
 
     def _seen(self, layer: int, row: int) -> HeadAttention:
         """The attention of an earlier layer, over the tokens that entered it."""

@@ -26,7 +26,12 @@ ADAPTERS = {  # config.model_type: module and class
 }
 
 
-def adapter_for(model: nn.Module, processor: Any = None, text_tower: TextTower | str | Path | None = None) -> Adapter:
+def adapter_for(
+    model: nn.Module,
+    processor: Any = None,
+    text_tower: TextTower | str | Path | None = None,
+    helper: Any = None,
+) -> Adapter:
     """The adapter of a stock transformers model, by its config's `model_type`.
 
     Args:
@@ -34,6 +39,7 @@ def adapter_for(model: nn.Module, processor: Any = None, text_tower: TextTower |
         processor: its processor; methods that read the question's text need it.
         text_tower: the CLIP model that its vision tower comes from, for methods that compare patches with the question:
             a folder, a name on the hub (`id` or `id@revision`), or what was loaded; loaded when it is first needed.
+        helper: for methods with a helper model, that model, or it and its processor: a pair or a `LoadedModel`.
 
     Raises: UserError when the family is unknown.
     """
@@ -41,4 +47,13 @@ def adapter_for(model: nn.Module, processor: Any = None, text_tower: TextTower |
     if kind not in ADAPTERS:
         raise unknown("model family", kind, ADAPTERS)
     module, name = ADAPTERS[kind]
-    return getattr(importlib.import_module(f"pruneval.harness.adapters.{module}"), name)(model, processor, text_tower)
+    family = getattr(importlib.import_module(f"pruneval.harness.adapters.{module}"), name)
+    found: Adapter = family(model, processor, text_tower)
+    return found if helper is None else found.helped(_adapter_of(helper))
+
+
+def _adapter_of(helper: Any) -> Adapter:
+    if isinstance(helper, nn.Module | Adapter):
+        return helper if isinstance(helper, Adapter) else adapter_for(helper)
+    pair = helper if isinstance(helper, tuple) else (helper.model, helper.processor)
+    return adapter_for(*pair)
