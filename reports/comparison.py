@@ -25,8 +25,8 @@ MORE = 1.02
 """A method that keeps over 2 % more tokens than the `random` it is compared with says so."""
 
 
-def comparisons(records: Iterable[RunRecord], samples: Samples | None = None) -> list[Table]:
-    """One table per edition, model and setting: numbers that may not be compared never stand in one table."""
+def settings(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
+    """Records by edition, model and setting: numbers that may not be compared never stand in one table."""
     records = list(records)
     revisions: dict[str, set[str]] = {}
     for record in records:
@@ -37,7 +37,12 @@ def comparisons(records: Iterable[RunRecord], samples: Samples | None = None) ->
         data = spec.data if len(revisions[spec.benchmark]) > 1 else ""
         key = (spec.edition, spec.model, spec.revision, spec.dtype, spec.kernel, spec.limit or 0, spec.seed)
         groups.setdefault((*key, spec.num_beams or 0, data, spec.version), []).append(record)
-    return [comparison(group, samples=samples) for _, group in sorted(groups.items())]
+    return [group for _, group in sorted(groups.items())]
+
+
+def comparisons(records: Iterable[RunRecord], samples: Samples | None = None) -> list[Table]:
+    """One table per setting."""
+    return [comparison(group, samples=samples) for group in settings(records)]
 
 
 def comparison(
