@@ -11,13 +11,16 @@ from pruneval.harness.scoring import helpers, scoring, shape_of
 from pruneval.methods.base import Method, Shape
 
 
-def declared(method: Method, dimensions: Dimensions, whole: Lengths) -> tuple[Lengths, list[str]]:
+def declared(
+    method: Method, dimensions: Dimensions, whole: Lengths, helper: Dimensions | None = None
+) -> tuple[Lengths, list[str]]:
     """The lengths of a sample with the method, and in words what of its cost is not in them.
 
     Args:
         method: the method.
         dimensions: the model.
         whole: the lengths of the un-pruned sample.
+        helper: the method's helper model.
 
     Raises:
         UserError: when the method does not go with the model, or its counts depend on the sample.
@@ -28,7 +31,7 @@ def declared(method: Method, dimensions: Dimensions, whole: Lengths) -> tuple[Le
         plan = tuple(method.schedule(shape, whole.given))
         lengths, left = _in_tower(method, shape, replace(whole, visual=plan))
         lengths = replace(lengths, scoring=scoring(method, dimensions, lengths))
-        lengths = replace(lengths, helpers=helpers(method, dimensions, lengths))
+        lengths = replace(lengths, helpers=helpers(method, dimensions, lengths, helper))
     except ValueError as error:
         raise UserError(str(error)) from error
     except NotImplementedError as error:

@@ -158,9 +158,11 @@ class PrunevalModel(lmms):
     def _session(self):
         if self.method is None:
             return nullcontext(None)
+        from pruneval.harness.models import adapter_of
         from pruneval.harness.session import pruned
 
-        return pruned(self.loaded.model, self.method, seed=self.seed, adapter=self.loaded.adapter)
+        adapter = adapter_of(self.loaded, self.method)
+        return pruned(self.loaded.model, self.method, seed=self.seed, adapter=adapter)
 
     def _answer(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
         """Rows of a batch; when the batch fails, each sample is tried alone to find out which one it is."""

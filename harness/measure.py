@@ -34,6 +34,7 @@ def implied(
     visual_tokens: int | None = None,
     text_tokens: int | None = None,
     new_tokens: int = 1,
+    helper: str | None = None,
 ) -> dict[str, Any]:
     """The implied cost of one sample, from declared lengths.
 
@@ -47,6 +48,7 @@ def implied(
         visual_tokens: visual tokens at the LLM input.
         text_tokens: all other tokens.
         new_tokens: tokens to generate.
+        helper: the helper model of a method that has one, likewise; what its parameter says if not given.
 
     Returns:
         `model`, `method`, `params`, `signature`, what `cost` returns, `unpruned_tflops` and `lengths_from`.
@@ -58,7 +60,8 @@ def implied(
         dimensions, tiles=tiles, frames=frames, visual=visual_tokens, text=text_tokens, new_tokens=new_tokens
     )
     overrides = {"tiles": tiles, "frames": frames, "visual tokens": visual_tokens, "text tokens": text_tokens}
-    lengths, left = declared(built, dimensions, whole)
+    helper = helper or built.params.get("helper")
+    lengths, left = declared(built, dimensions, whole, dimensions_for(helper) if helper else None)
     found = cost(dimensions, lengths, convention)
     found["not_counted"] += left
     return {
@@ -119,6 +122,9 @@ def cost(
         "per_layer": list(lengths.visual),
         "macs": counted.as_dict(),
         "scoring": {work.name: work.macs for work in lengths.scoring},
+        "helpers": {work.name: work.macs for work in lengths.helpers},
+        "helper_tflops": chosen.factor * counted.helpers / 1e12,
+        "tflops_with_helpers": chosen.factor * (macs + counted.helpers * ("helpers" not in chosen.parts)) / 1e12,
         "not_counted": [*chosen.not_counted(counted), *left],
     }
 
@@ -233,6 +239,11 @@ def to_text(found: Mapping[str, Any]) -> str:
     if found["new_tokens"] > 1:
         lines.append(
             f"  decode          {found['decode_tflops']:.4g} TFLOPs, {found['new_tokens'] - 1} tokens after the first"
+        )
+    if found["helpers"]:
+        lines.append(
+            f"  helper          {found['helper_tflops']:.4g} TFLOPs; {found['tflops_with_helpers']:.4g} in all "
+            f"({', '.join(found['helpers'])})"
         )
     lines += [
         f"  visual tokens   {found['avg_in']:.1f} per layer ({found['keep']:.1%}), {found['kept_after']} at the end",

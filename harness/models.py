@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,8 @@ class LoadedModel:
     kernel: str
     revision: str
     folder: Path
+    helpers: dict[str, LoadedModel] = field(default_factory=dict)
+    """Helper models of methods, by the name or folder under which they were asked for."""
 
 
 @cache
@@ -280,3 +282,23 @@ def load(
         found.entry, model, processor, adapter_for(model, processor, text_tower(found)), torch.device(device),
         getattr(torch, dtype), kernel, found.revision, found.folder,
     )  # fmt: skip
+
+
+def helper_of(loaded: LoadedModel, method: Any) -> LoadedModel | None:
+    """The helper model that a method's parameter `helper` names, loaded once, as the model was; None when it has none.
+
+    Raises: UserError when it cannot be loaded.
+    """
+    name = method.params.get("helper")
+    if not name:
+        return None
+    if name not in loaded.helpers:
+        dtype = str(loaded.dtype).removeprefix("torch.")
+        loaded.helpers[name] = load(name, str(loaded.device), dtype, loaded.kernel)
+    return loaded.helpers[name]
+
+
+def adapter_of(loaded: LoadedModel, method: Any) -> Any:
+    """The model's adapter, with the method's helper at its side. Raises: UserError."""
+    helper = helper_of(loaded, method)
+    return loaded.adapter if helper is None else loaded.adapter.helped(helper.adapter)

@@ -25,6 +25,8 @@ from pruneval.tasks import Benchmark, benchmark
 
 FILES = ("recipe", "checkpoint")
 """Parameters of methods that name files."""
+HELPER = "helper"
+"""The parameter that names a second model."""
 BUDGETS = ("visual_tokens", "avg_in", "kept_after", "final", "keep")
 
 
@@ -95,8 +97,19 @@ def expand(
 
 
 def identified(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as a record names them: a file by its name and content, wherever it lies."""
-    return {name: _content(value) if name in FILES else value for name, value in params.items()}
+    """Parameters as a record names them: a file by its name and content, wherever it lies; a model by its revision.
+
+    Raises: UserError when a helper model is not named or not there.
+    """
+    named = {name: _content(value) if name in FILES else value for name, value in params.items()}
+    return named | {name: _model(named[name]) for name in named if name == HELPER}
+
+
+def _model(name: str) -> str:
+    if not name:
+        raise UserError("the method needs a helper model: --set helper=NAME, of `pruneval list models` or a folder")
+    found = models.locate(name)
+    return f"{found.entry.name}@{found.revision[:8]}"
 
 
 def _content(value: Any) -> Any:
@@ -193,7 +206,8 @@ def _run(
     if resumed:
         show.say(f"{title}: goes on, {resumed} answers are there already")
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    reason = loaded.adapter.supports(cell.method) if loaded.adapter is not None else None
+    adapter = models.adapter_of(loaded, cell.method)
+    reason = adapter.supports(cell.method) if adapter is not None else None
     if reason:
         raise UserError(f"{cell.spec.method} does not run on {cell.spec.model}: {reason}")
     error, outcome = None, None
@@ -244,9 +258,11 @@ def _implied(cell: Cell, loaded: models.LoadedModel, samples: Any) -> dict[str, 
         visual = round(float(samples["visual_tokens"].median()))
         counts = [len(ids) for ids in loaded.processor.tokenizer(list(samples["prompt"]))["input_ids"]]
         text = sorted(counts)[len(counts) // 2] - 1  # the image's placeholder is one token before it is expanded
+        helper = models.helper_of(loaded, cell.method)
         found = measure.implied(
-            str(loaded.folder), cell.spec.method, cell.method.params, visual_tokens=visual, text_tokens=text
-        )
+            str(loaded.folder), cell.spec.method, cell.method.params, visual_tokens=visual, text_tokens=text,
+            helper=None if helper is None else str(helper.folder),
+        )  # fmt: skip
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return {**found, "model": cell.spec.model}
+    return {**found, "model": cell.spec.model, "params": cell.spec.params, "signature": cell.spec.method_signature}

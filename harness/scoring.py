@@ -9,12 +9,14 @@ model, with its own line in the ledger.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pruneval.harness.dimensions import Dimensions
 from pruneval.harness.errors import UserError
-from pruneval.harness.flops import Lengths, Work
+from pruneval.harness.flops import Lengths, Work, ledger
 from pruneval.methods.base import Shape
+from pruneval.methods.helper import Reading
 
 
 def shape_of(dimensions: Dimensions) -> Shape:
@@ -35,17 +37,54 @@ def shape_of(dimensions: Dimensions) -> Shape:
     )
 
 
-def helpers(method: Any, dimensions: Dimensions, lengths: Lengths) -> tuple[Work, ...]:
+def helpers(
+    method: Any, dimensions: Dimensions, lengths: Lengths, helper: Dimensions | None = None
+) -> tuple[Work, ...]:
     """Multiply-adds of the models a method uses besides, on one sample: a text tower, for a question that it reads in
-    one piece. Raises: UserError when its dimensions are not known.
+    one piece, or a helper model. Raises: UserError when its dimensions are not known.
     """
-    if not any(needs.clip for needs in method.needs(shape_of(dimensions)).values()):
+    asked = method.needs(shape_of(dimensions)).values()
+    works = [_reading(helper, needs.helper, lengths, method.card.name) for needs in asked if needs.helper]
+    if works:
+        return tuple(work for each in works for work in each)
+    if not any(needs.clip for needs in asked):
         return ()
     tower = dimensions.text_tower
     if tower is None:
         raise UserError(f"{method.card.name}: the dimensions of {dimensions.name}'s text tower are not known")
     cells = tower.cells(lengths.patches, dimensions.vision.hidden)
     return Work("CLIP text encoder", tower.question), Work("cells in CLIP's space", cells)
+
+
+def _reading(helper: Dimensions | None, how: Reading, lengths: Lengths, name: str) -> list[Work]:
+    """The work of a helper model that reads the same pixels and as much text, and answers at full length.
+
+    As a fused kernel does it. Rows of attention are those of all text, wherever it stands.
+    """
+    if helper is None:
+        raise UserError(f"{name}: its cost needs the dimensions of a helper model: parameter helper")
+    tower, decoder = helper.vision.layers, helper.decoder
+    same = len(lengths.vision) == tower
+    read = replace(
+        lengths,
+        vision=lengths.vision if same else lengths.vision[:1] * tower,
+        fed=(),
+        visual=(lengths.given,) * decoder.layers,
+        cached=(),
+        new_tokens=max(1, how.answer),
+        helpers=(),
+        scoring=(),
+    )
+    counted, prompt = ledger(helper, read), lengths.given + lengths.text
+    parts = ("patch_embedding", "vision_linear", "vision_attention", "projector", "llm_linear", "llm_attention_causal")
+    work = [Work("helper reads", counted.total(*parts, *(["head_last"] if how.answer else [])))]
+    if how.answer > 1:
+        macs = counted.total("decode_linear", "decode_attention", "decode_head")
+        work.append(Work(f"helper answers with {how.answer} tokens", macs))
+    if how.attention:
+        columns = (lengths.text + 1) * prompt + sum(prompt + step for step in range(1, max(1, how.answer)))
+        work.append(Work("rows of the helper", decoder.layers * decoder.width * columns))
+    return work
 
 
 def scoring(method: Any, dimensions: Dimensions, lengths: Lengths) -> tuple[Work, ...]:
