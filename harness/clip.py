@@ -65,16 +65,14 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def last(self, piece: list[int]) -> Tensor:
-        """(p,) the state of the last of `length` positions, which attends to the piece alone, projected."""
-        mask = torch.ones(1, self.length, dtype=torch.long, device=self.norm.weight.device)
-        mask[0, len(piece) :] = 0
-        states = self.text_model(self._padded([piece]), attention_mask=mask).last_hidden_state
-        return self.text_projection(states[0, -1])
+        """(p,) the state of the last of `length` positions, projected."""
+        return self.text_projection(self.text_model(self._padded([piece])).last_hidden_state[0, -1])
 
     @torch.no_grad()
-    def project(self, hidden: Tensor) -> Tensor:
-        """(..., d_v) outputs of a vision layer through the vision tower's last norm and CLIP's projection: (..., p)."""
-        return self.visual_projection(self.norm(hidden.to(self.norm.weight)))
+    def project(self, hidden: Tensor, norm: bool) -> Tensor:
+        """(..., d_v) outputs of a vision layer through the vision tower's last norm, or not, and CLIP's projection."""
+        precise = hidden.to(self.norm.weight)
+        return self.visual_projection(self.norm(precise) if norm else precise)
 
     def _padded(self, pieces: list[list[int]]) -> Tensor:
         fill = self.tokenizer.pad_token_id or 0
@@ -115,9 +113,9 @@ class ClipView:
         """(p,) the state behind it, at the last position."""
         return self._tower.last(self._cut)
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """(..., d_v) outputs of a vision layer in the common space."""
-        return self._tower.project(hidden)
+    def project(self, hidden: Tensor, norm: bool = True) -> Tensor:
+        """(..., d_v) outputs of a vision layer in the common space, (..., p)."""
+        return self._tower.project(hidden, norm)
 
 
 class Questions:

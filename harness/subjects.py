@@ -226,6 +226,7 @@ def adapter(model: nn.Module) -> Adapter:
 PARAMS: dict[str, tuple[tuple[str, str], ...]] = {
     "gsearch": (("rates", "0.4"),),
     "prunevid": (("layer", "1"),),
+    "rcom": (("count", "keep"),),
     "flowcut": (("ahead", "1.5"),),
 }
 """What methods need on four decoder layers and few tokens, where their defaults do not exist or do nothing."""

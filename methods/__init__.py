@@ -36,6 +36,7 @@ METHODS = {  # name: class, in the module of the same name
     "trim": "Trim",
     "cdpruner": "CDPruner",
     "vtw": "VTW",
+    "rcom": "RCom",
     "sgp": "SGP",
     "gsearch": "GSearch",
     "psigmoid": "PSigmoid",

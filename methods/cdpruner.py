@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pruneval.methods.base import Card, Needs, Shape, Step, kept, torch
-from pruneval.methods.clip import cell_features
-from pruneval.methods.salience import Area, PerTile
+from pruneval.methods.salience import Area, PerTile, tower_features
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class CDPruner(PerTile):
 
     def score(self, step: Step) -> torch.Tensor:
         unit = torch.nn.functional.normalize
-        cells, texts = unit(step.clip.project(cell_features(step)), dim=-1), unit(step.clip.segments, dim=-1)
+        cells, texts = unit(step.clip.project(tower_features(step)), dim=-1), unit(step.clip.segments, dim=-1)
         return -(cells @ texts.T).mean(-1)
 
     def choose(self, step: Step, shares: list[tuple[Area, int]]) -> list[torch.Tensor]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from pruneval.methods.step import Step, torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,20 +22,15 @@ class Clip(Protocol):
         segments: (M, p) those of the whole question, cut into pieces of the encoder's length. Only the first piece has
             a start token and only the last an end token, and CLIP pools where it finds the end token: of a longer
             question, all pieces but the last give what CLIP gives for their first token.
-        padded: (p,) the question padded to the encoder's length: the state of the last position, projected.
+        padded: (p,) the question padded to the encoder's length without a mask: the state of the last position,
+            projected.
     """
 
     question: Tensor
     segments: Tensor
     padded: Tensor
 
-    def project(self, hidden: Tensor) -> Tensor:
-        """(..., d_v) outputs of a vision layer through the vision tower's last norm and CLIP's projection: (..., p)."""
-
-
-def cell_features(step: Step) -> torch.Tensor:
-    """(N, d_v) what the vision layer that is projected gives for each visual token, resampled or pooled as the model
-    does it; nan for newlines.
-    """
-    cells = [each[int(step.vision.has_cls) :] for each in step.vision.hidden(step.shape.feature_layer)]
-    return step.vision.to_tokens(torch.stack(cells)) if step.shape.sheets else torch.cat(cells)
+    def project(self, hidden: Tensor, norm: bool = True) -> Tensor:
+        """(..., d_v) outputs of a vision layer through the vision tower's last norm (unless `norm` is False) and CLIP's
+        projection: (..., p).
+        """

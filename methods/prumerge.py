@@ -124,7 +124,12 @@ def single_head(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def absorb(
-    x: torch.Tensor, keys: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor, neighbours: int = NEIGHBOURS
+    x: torch.Tensor,
+    keys: torch.Tensor,
+    weight: torch.Tensor,
+    chosen: torch.Tensor,
+    neighbours: int = NEIGHBOURS,
+    bonus: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(k + 1, d) the chosen tokens of a tile with what they absorb, and the extra one of all others.
 
@@ -134,9 +139,10 @@ def absorb(
         weight: (n,) what a token is weighted with.
         chosen: (k,) indices of those that are kept.
         neighbours: how many others each absorbs, at most.
+        bonus: (n,) what is added to the nearness of each, if anything.
     """
     unit, dtype = torch.nn.functional.normalize(keys, dim=-1), weight.dtype
-    near = unit[chosen] @ unit.T
+    near = unit[chosen] @ unit.T + (0 if bonus is None else bonus)
     near[torch.arange(len(chosen), device=near.device), chosen] = float("-inf")
     near = torch.sort(near, dim=1, descending=True, stable=True).indices[:, : min(neighbours, len(x) - 1)]
     mix = torch.zeros(len(chosen) + 1, len(x), dtype=dtype, device=x.device)

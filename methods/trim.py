@@ -35,8 +35,7 @@ from pruneval.methods.base import (
     strongest,
     torch,
 )
-from pruneval.methods.clip import cell_features
-from pruneval.methods.salience import outliers, spread, tiles
+from pruneval.methods.salience import outliers, spread, tiles, tower_features
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class Trim(Method):
         total = kept(step.total, self.keep)
         if self.count == "keep" and total >= step.total:
             return None
-        features = cell_features(step)
+        features = tower_features(step)
         away = -(step.clip.project(features) @ step.clip.question)
         areas = [tile.tokens for tile in tiles(step) if len(tile.tokens)]
         chosen, carriers, means = [], [], []

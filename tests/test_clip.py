@@ -98,10 +98,11 @@ def test_the_embedding_is_that_of_the_whole_clip_model(folder):
     with torch.no_grad():
         torch.testing.assert_close(view.question, model.get_text_features(**plain).pooler_output[0])
         torch.testing.assert_close(view.segments, view.question[None])
-        last = model.text_model(**padded).last_hidden_state[0, -1]
+        last = model.text_model(padded["input_ids"]).last_hidden_state[0, -1]
         torch.testing.assert_close(view.padded, model.text_projection(last))
         state = model.vision_model(pixels).last_hidden_state[0]
         torch.testing.assert_close(view.project(state)[0], model.get_image_features(pixels).pooler_output[0])
+        torch.testing.assert_close(view.project(state, norm=False), model.visual_projection(state))
     assert not torch.allclose(view.padded, view.question)
 
 
