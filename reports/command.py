@@ -75,7 +75,11 @@ def _comparisons(out: Path, form: str) -> tuple[list[Table], dict[str, str]]:
     if form == "markdown":
         return tables, {}
     tables += [table for group in groups if (table := differences(group, samples))]
-    return tables, {}
+    if form != "html":
+        return tables, {}
+    from pruneval.reports.points import drawings
+
+    return tables, {caption: svg for group in groups for caption, svg in drawings(group).items()}
 
 
 def _layouts(args: argparse.Namespace) -> tuple[list[Table], dict[str, str]]:
