@@ -38,6 +38,8 @@ examples:
 OUT = Path("runs")
 MODULES = {  # commands with a module of their own, imported when the command is used: `add_arguments` and `main`
     "measure": ("pruneval.harness.measure", "what a method costs on a model, computed from dimensions"),
+    "bench": ("pruneval.harness.bench", "time and memory of methods beside vanilla, measured in turns"),
+    "sweep": ("pruneval.harness.sweep", "run a study: many methods, budgets, models and benchmarks"),
     "search": ("pruneval.harness.search.command", "find a method's strategy on calibration samples"),
     "report": ("pruneval.reports.command", "print the tables of a results folder"),
     "check": ("pruneval.harness.check", "prove the engine's promises for a method on a model"),
