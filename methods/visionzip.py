@@ -9,11 +9,16 @@ the target with the most similar key (cosine, keys averaged over heads).
 Following the released code, a contextual token is its target plus the mean of its members, merged before the
 projector; the budget is split 54 : 10; the order is CLS, dominant, contextual, and position ids are compact.
 
-Where tiles are put together to larger sheets of tokens (LLaVA-NeXT and its successors), every tile has a share of the
-budget and newline tokens go; in a sheet of several tiles the dominant tokens come first, in raster order, then the CLS
-tokens, then the contextual ones. The released code gives every tile the same share and may choose cells that only show
-padding. Here candidates are the tokens of the prompt, so padding is never chosen and a tile's share follows the tokens
-it has; scores, keys and features of resampled or pooled tokens are resampled and pooled as the tokens are.
+Every image, tile and frame is zipped by itself and has a share of the budget by the tokens it has in the prompt;
+newlines go. In a sheet of several tiles (LLaVA-NeXT and its successors) the dominant tokens come first, in raster
+order, then the CLS tokens, then the contextual ones. The released code gives every tile the same share and may choose
+cells that only show padding. Here candidates are the tokens of the prompt; scores, keys and features of resampled or
+pooled tokens are resampled and pooled as the tokens are.
+
+Where several cells become one token (InternVL, Qwen-VL) a token's score and key are the means over its cells, its
+contextual feature is merged cell by cell, and tokens stay in order, as ports to Qwen-VL have it (which also keep the
+`original` positions). A CLS token can't pass such a projector and does not go on. A frame of Video-LLaVA has its CLS
+token in the prompt: that is the one which stays.
 """
 
 from __future__ import annotations
@@ -24,18 +29,16 @@ from typing import ClassVar
 from pruneval.methods.base import (
     Card,
     Method,
-    MethodError,
     Needs,
     Positions,
     Reduction,
     Shape,
     Step,
-    Vision,
     kept,
     strongest,
     torch,
 )
-from pruneval.methods.salience import salience, spread
+from pruneval.methods.salience import spread, tiles, token_salience, tower_features
 
 
 @dataclass(frozen=True)
@@ -59,72 +62,47 @@ class VisionZip(Method):
     position_mode: Positions = "compact"
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
-        if shape.tiled and not shape.sheets:
-            raise MethodError("visionzip: not written for models that cut an image into tiles yet")
         return {0: Needs(vision=(shape.feature_layer,))}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
         return [sum(split(n, self.keep))] * shape.layers
 
     def reduce(self, step: Step) -> Reduction | None:
-        if step.shape.sheets:
-            return self._reduce_sheets(step)
-        vision, layer = step.vision, step.shape.feature_layer
-        per_tile = len(step.visual) // vision.tiles
-        dominant, contextual = split(per_tile, self.keep)
-        if not contextual:
-            return None
-        order, slots, values, added = [step.text.new_empty(0)], [], [], []
-        for tile, mine in enumerate(step.visual.split(per_tile)):
-            chosen, targets, merged = fold(vision, layer, tile, dominant, contextual)
-            place = sum(map(len, order))
-            if vision.has_cls:
-                cls = vision.hidden(layer)[tile][:1]
-                order.append(mine[:1])
-                slots.append(place)
-                values.append(cls)
-                added.append(True)
-            order += [mine[chosen], mine[targets]]
-            slots += range(place + dominant, place + dominant + contextual)
-            values.append(merged)
-            added += [False] * contextual
-        return self._placed(step, torch.cat(order), slots, vision.project(torch.cat(values)), added)
-
-    def _reduce_sheets(self, step: Step) -> Reduction | None:
-        vision, layer = step.vision, step.shape.feature_layer
-        cls, tile_of, sheet_of = int(vision.has_cls), vision.tile_of(), vision.sheet_of()
-        candidates = [(tile_of == tile).nonzero().squeeze(-1) for tile in range(vision.tiles)]
+        view, layer, blocks = step.vision, step.shape.feature_layer, step.shape.merge > 1
+        areas, score = [area.tokens for area in tiles(step)], token_salience(step).to(step.visual.device)
+        own = [mine[:0] if step.shape.sheets else _before(mine, score) for mine in areas]
         total = max(2, kept(step.total, self.keep))
-        shares = spread(total, [len(mine) for mine in candidates], least=2)
-        if max(total, sum(shares)) >= step.total:
+        if total >= step.total:
             return None
-        hidden, attention = vision.hidden(layer), vision.attention(layer)
-        score = vision.to_tokens(torch.stack([salience(one, vision.has_cls) for one in attention]))
-        keys, features = (
-            vision.to_tokens(torch.stack([one[cls:] for one in each]))
-            for each in ([one.key.mean(0) for one in attention], hidden)
-        )
-        sheets: dict[int, list[tuple[torch.Tensor, ...]]] = {}
-        for tile, (mine, share) in enumerate(zip(candidates, shares, strict=True)):
-            part = (mine, mine[:0], hidden[tile][:0], mine[:0], features[:0])
-            if share < len(mine):
-                contextual = max(1, round(share * 10 / 64))
-                found = choose(score[mine], keys[mine], features[mine], share - contextual - cls, contextual)
-                part = (mine[found[0]], mine[:cls], hidden[tile][:cls], mine[found[1]], found[2])
+        shares = spread(total, [len(mine) + len(token) for mine, token in zip(areas, own, strict=True)])
+        cls, hidden = int(view.has_cls), view.hidden(layer)
+        keys = view.to_tokens([attention.key.mean(0)[cls:] for attention in view.attention(layer)])
+        features, group = tower_features(step), view.sheet_of() if step.shape.sheets else None
+        zipped: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+        for tile, (mine, token, share) in enumerate(zip(areas, own, shares, strict=True)):
+            contextual = among(share) if share < len(mine) + len(token) else 0
+            new = int(bool(contextual and cls and not blocks and not len(token)))
+            dominant = share - contextual - len(token) - new
+            found = choose(score[mine], keys[mine], features[mine], dominant, contextual)
+            part = torch.cat([token, mine[found[0]]]), mine[:new], hidden[tile][:new], mine[found[1]], found[2]
             if share:
-                sheets.setdefault(int(sheet_of[mine[0]]), []).append(part)
-        order, slots, values, added = [], [], [], []
-        for parts in sheets.values():
+                zipped.setdefault(tile if group is None else int(group[mine[0]]), []).append(part)
+        order, slots, values, added = [], [], [features[:0]], []
+        for parts in zipped.values():
             dominant, lent, classes, targets, merged = (torch.cat(part) for part in zip(*parts, strict=True))
             whole = [(lent, classes, True), (dominant.sort().values, None, False), (targets, merged, False)]
             for index, made, new in whole if len(parts) == 1 else (whole[1], whole[0], whole[2]):
-                if made is not None:
+                if made is not None and len(index):
                     place = sum(map(len, order))
                     slots += range(place, place + len(index))
                     values.append(made)
                     added += [new] * len(index)
                 order.append(index)
-        return self._placed(step, step.visual[torch.cat(order)], slots, vision.project(torch.cat(values)), added)
+        order = torch.cat(order)
+        if blocks:
+            order, back = order.sort()
+            slots = torch.argsort(back)[slots].tolist()
+        return self._placed(step, step.visual[order], slots, view.project(torch.cat(values)), added)
 
     def _placed(
         self, step: Step, visual: torch.Tensor, slots: list[int], values: torch.Tensor, added: list[bool]
@@ -143,20 +121,18 @@ class VisionZip(Method):
 def split(n: int, keep: float) -> tuple[int, int]:
     """Dominant and contextual tokens of an image of `n` tokens; (n, 0) when it stays whole."""
     total = max(2, kept(n, keep))
-    if total >= n:
-        return n, 0
-    contextual = max(1, round(total * 10 / 64))
-    return total - contextual, contextual
+    return (n, 0) if total >= n else (total - among(total), among(total))
 
 
-def fold(
-    vision: Vision, layer: int, tile: int, dominant: int, contextual: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dominant cells (ascending), target cells (ascending) and the contextual tokens' features (C, d_v) of one tile."""
-    attention, hidden = vision.attention(layer)[tile], vision.hidden(layer)[tile]
-    cls = int(vision.has_cls)
-    score, keys = salience(attention, vision.has_cls), attention.key.mean(0)[cls:]
-    return choose(score, keys, hidden[cls:], dominant - cls, contextual)
+def among(total: int) -> int:
+    """Contextual tokens among `total`."""
+    return max(1, round(total * 10 / 64)) if total > 1 else 0
+
+
+def _before(mine: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
+    """The CLS token of a tile whose cells are the visual tokens `mine`, if the prompt has it: it has no score."""
+    first = mine[:1] - 1
+    return first[(first >= 0) & score[first].isnan()]
 
 
 def choose(
@@ -166,6 +142,8 @@ def choose(
     the targets' new features (contextual, d).
     """
     chosen = strongest(score, dominant)
+    if not contextual:
+        return chosen, chosen[:0], features[:0]
     rest = torch.ones(len(score), dtype=torch.bool, device=score.device)
     rest[chosen] = False
     rest = rest.nonzero().squeeze(-1)

@@ -357,10 +357,7 @@ def test_visionzip_spreads_over_tiles_and_drops_newlines():
     assert made.tolist() == sorted(made.tolist())  # contextual ones last
 
 
-def test_families_without_a_view_of_sheets_say_why_visionzip_does_not_run():
-    shape = Shape(4, 64, 4, 2, 16, 4, 3, tiled=True)
-    with pytest.raises(methods.MethodError, match="tiles"):
-        methods.build("visionzip").needs(shape)
+def test_shapes_and_what_does_not_fit_them():
     for family in tiny.FAMILIES:
         adapter = adapter_for(tiny.model(family))
         assert adapter.supports(methods.build("visionzip")) is None

@@ -70,4 +70,4 @@ def test_the_command_says_all_of_it(capsys):
         assert word in text
     assert cli.main(["measure", "--check", "internvl", "--method", "random", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["counter"] == "ledger"
-    assert cli.main(["measure", "--check", "qwen3_vl", "--method", "visionzip"]) == 2
+    assert cli.main(["measure", "--check", "qwen3_vl", "--method", "tome"]) == 2
