@@ -3,8 +3,7 @@
 The map comes from the attention (mean over heads) of the vision encoder's layer that is projected: cells that receive
 more than `trust` times the mean are trusted, and a cell's importance is the attention it gets from them. Where no cell
 is trusted it is what a cell receives on average. To it comes `alpha` times the softmax, over a tile's cells, of the
-entropy of a cell's grey values (bits, 256 bins; on the image's own values, while the released code takes them after
-normalisation). Cells that become one token have their mean; newlines, and CLS tokens
+entropy of a cell's grey values (bits, 256 bins). Cells that become one token have their mean; newlines, and CLS tokens
 of video frames, have importance 1. In encoders with CLS its row and column are left out.
 
 Before the language model the fraction R1 of the tokens stays. Of the lowest, int(n / side^2) more than that takes are
@@ -16,9 +15,8 @@ these nothing is gathered.
 
 `keep` is the mean over decoder layers of R1, R1 R2 and R1 R2 R3, and R3 follows from it. The authors find R1, R2,
 `trust`, `alpha` and `side` by Bayesian optimisation for each budget; what was released for LLaVA-OneVision, with
-alpha 0, is in the presets.
-With `rates` = auto (ours) R1 is 1.25 `keep` and R2 3/4, both within the ranges the search was given, or as much more as
-`keep` takes.
+`alpha` 0, is in the presets. With `rates` = auto (ours) R1 is 1.25 `keep` and R2 3/4, both within the ranges the search
+was given, or as much more as `keep` takes.
 """
 
 from __future__ import annotations
@@ -75,8 +73,9 @@ class VFlowOpt(Method):
 
     `rates` is auto or R1,R2. `recycle` is about (as published), exact (as many more tokens are gathered as squares they
     fill, so that the count is exact; ours) or none. In `variant` = code importance is the mean over trusted cells, not
-    their sum, and positions are renumbered in the first stage only, where the paper keeps them. A `recipe`, as a search
-    writes it, gives keep, rates, trust, alpha and side instead.
+    their sum; entropy is that of pixels normalised for SigLIP, times 255, as bytes (negative ones wrap); and positions
+    are renumbered in the first stage only, where the paper keeps them. A `recipe`, as a search writes it, gives keep,
+    rates, trust, alpha and side instead.
     """
 
     card: ClassVar[Card] = Card(
@@ -183,7 +182,7 @@ class VFlowOpt(Method):
         maps = [self.context(attention, cls) for attention in view.attention(step.shape.feature_layer)]
         if self.alpha:
             maps = [
-                one + self.alpha * entropy(pixels, len(one)).softmax(0).to(one)
+                one + self.alpha * entropy(pixels, len(one), self.variant == "code").softmax(0).to(one)
                 for one, pixels in zip(maps, view.pixels(), strict=True)
             ]
         return view.to_tokens(maps, fill=1.0)
@@ -221,15 +220,17 @@ class VFlowOpt(Method):
         return Reduction(keep, slots, (total[:, 1:] / total[:, :1])[several].to(step.hidden))
 
 
-def entropy(pixels: torch.Tensor, cells: int) -> torch.Tensor:
+def entropy(pixels: torch.Tensor, cells: int, wrapped: bool = False) -> torch.Tensor:
     """(P,) Shannon entropy, in bits, of the grey values (256 bins) of a tile's cells, row by row.
 
     Args:
         pixels: (3, height, width) in [0, 1].
         cells: P; the tile has as many rows as columns of them.
+        wrapped: whether channels are bytes of 255 (2x - 1), where negative ones wrap.
     """
     rows = math.isqrt(cells)
-    grey = (pixels.float().mean(0) * 255).round().long()
+    channels = ((2 * pixels.float() - 1) * 255).long() % 256 if wrapped else pixels.float() * 255
+    grey = channels.float().mean(0).round().long()
     side, wide = grey.shape[0] // rows, grey.shape[1] // rows
     patches = grey[: rows * side, : rows * wide].unflatten(0, (rows, side)).unflatten(2, (rows, wide))
     patches = patches.transpose(1, 2).reshape(cells, side * wide)

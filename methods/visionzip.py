@@ -58,6 +58,11 @@ class VisionZip(Method):
         merges=True,
     )
 
+    presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
+        **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (192, 128, 64, 32)},
+        **{f"llava-next-7b@{count}": {"keep": count / 2880} for count in (640, 320, 160)},
+    }
+
     keep: float = 0.5
     position_mode: Positions = "compact"
 

@@ -226,6 +226,15 @@ def test_entropy_of_grey_values():
     torch.testing.assert_close(entropy(noisy, 4), torch.tensor([1.5, 0, 0, 0]))
 
 
+def test_entropy_of_bytes_that_wrap():
+    """A half of black (-1 becomes -255, which is byte 1) and of the grey whose byte is 1 too (1/255) is one level."""
+    pixels = torch.zeros(3, 2, 2)
+    pixels[:, 0] = (1 / 255 + 1) / 2 + 1e-4
+    assert entropy(pixels, 1).tolist() == [1] and entropy(pixels, 1, wrapped=True).tolist() == [0]
+    pixels[0, 0] = 1.0  # red is 255, which makes the mean 86
+    assert entropy(pixels, 1, wrapped=True).tolist() == [1]
+
+
 def test_alpha_prefers_cells_with_detail():
     """With equal attention everywhere the entropy of a cell's pixels decides."""
     flat = tile(torch.full((4, 4), 0.25), (2, 2))

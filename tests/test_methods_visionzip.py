@@ -10,7 +10,7 @@ from pruneval import methods
 from pruneval.harness.session import pruned
 from pruneval.harness.subjects import subject, tiny
 from pruneval.methods.salience import spread
-from pruneval.methods.visionzip import merge, split
+from pruneval.methods.visionzip import among, merge, split
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,14 @@ from pruneval.methods.visionzip import merge, split
 def test_split_of_the_budget(count, dominant, contextual):
     assert split(576, count / 576) == (dominant, contextual)
     assert methods.build("visionzip", {"keep": count / 576}).schedule(shape(), 576) == [count] * 32
+
+
+@pytest.mark.parametrize("total", [640, 320, 160])
+def test_presets_of_llava_next(total):
+    presets = methods.method_class("visionzip").presets
+    assert methods.build("visionzip", presets[f"llava-next-7b@{total}"]).schedule(shape(), 2880) == [total] * 32
+    share = spread(total, [576] * 5)[0]
+    assert (share, among(share)) == (total // 5, {640: 20, 320: 10, 160: 5}[total])
 
 
 def test_targets_are_evenly_spaced():
