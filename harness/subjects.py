@@ -219,8 +219,11 @@ def text_tower(width: int = 32, length: int = 24) -> TextTower:
 
 
 def adapter(model: nn.Module) -> Adapter:
-    """The model's adapter, with a processor that can read prompts and, where the tower is a CLIP, the rest of it."""
-    return adapter_for(model, _word_tokenizer(), text_tower())
+    """The model's adapter, with a processor that can read prompts, the rest of a CLIP for towers that are one, and a
+    helper model.
+    """
+    words = _word_tokenizer()
+    return adapter_for(model, words, text_tower(), helper=(tiny(model.config.model_type, seed=1), words))
 
 
 PARAMS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -228,6 +231,7 @@ PARAMS: dict[str, tuple[tuple[str, str], ...]] = {
     "prunevid": (("layer", "1"),),
     "rcom": (("count", "keep"),),
     "flowcut": (("ahead", "1.5"),),
+    "sgp": (("answer", "4"),),
 }
 """What methods need on four decoder layers and few tokens, where their defaults do not exist or do nothing."""
 
@@ -244,9 +248,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 
 
 @functools.cache
-def tiny(family: str, kernel: str = "sdpa") -> Any:
+def tiny(family: str, kernel: str = "sdpa", seed: int = 0) -> Any:
     """A tiny model of the family, float64, with weights large enough to matter."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = FAMILIES[family]()
     with torch.no_grad():
         for name, weight in model.named_parameters():
