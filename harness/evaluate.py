@@ -5,26 +5,20 @@ lmms-eval takes 10 to 20 seconds to import, so it is imported inside the functio
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.util
-import re
 import tempfile
-import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pruneval.harness.errors import SampleFailure, UserError
-from pruneval.harness.outcome import Outcome, samples_of, scores_of
+from pruneval.harness.errors import UserError
+from pruneval.harness.guards import refuse
+from pruneval.harness.judge import configured, judging, lacking
+from pruneval.harness.lmms_task import build_tasks, quiet, whole_groups
+from pruneval.harness.outcome import Outcome, Part, outcome
 from pruneval.tasks import Benchmark
 
 if TYPE_CHECKING:
     from pruneval.harness.lmms_model import Journal
-
-PROMPT_KEY = "pruneval"
-"""The model name tasks see: none of them knows it, so every task uses its default prompt."""
 
 
 def evaluate(
@@ -54,196 +48,72 @@ def evaluate(
         UserError: the data cannot be loaded, or the limit leaves nothing to score.
         SampleFailure: a question could not be answered; nothing is scored.
     """
-    task = build_task(benchmark)
-    with _quiet():
+    judge = configured() if benchmark.judge else None
+    if reason := lacking(benchmark):
+        raise UserError(reason)
+    with quiet(), judging(benchmark, judge):
         from lmms_eval.evaluator import simple_evaluate
         from lmms_eval.tasks import TaskManager
         from tenacity import RetryError
 
         from pruneval.harness.lmms_model import PrunevalModel
 
+        tasks = build_tasks(benchmark)
         lm = PrunevalModel(
             loaded, method, batch_size, seed, num_beams=num_beams, journal=journal, on_progress=on_progress
         )
         with tempfile.TemporaryDirectory(prefix="pruneval-") as folder:
+            # A folder of its own: some tasks would take the judged answers they find there for this run's.
+            arguments = Namespace(output_path=folder, process_with_media=False)  # pictures are not decoded for scoring
             try:
                 results = simple_evaluate(
                     model=lm,
-                    tasks=[task],
-                    task_manager=TaskManager(include_defaults=False),  # the task is built already
+                    tasks=tasks,
+                    task_manager=TaskManager(include_defaults=False),  # the tasks are built already
                     num_fewshot=0,
-                    limit=_whole_groups(task, benchmark, limit),
+                    limit=whole_groups(tasks[0], benchmark, limit),
                     bootstrap_iters=0,
                     log_samples=True,
                     random_seed=seed,
                     numpy_random_seed=seed,
                     torch_random_seed=seed,
                     fewshot_random_seed=seed,
-                    # Submission files go to the folder; pictures are not decoded again for scoring.
-                    cli_args=Namespace(output_path=folder, process_with_media=False),
+                    cli_args=arguments,
                     process_docs_parallel=1,
                 )
             except RetryError as error:
                 cause = error.last_attempt.exception()
                 raise RuntimeError(f"scoring {benchmark.name} failed: {type(cause).__name__}: {cause}") from cause
-    logged = sorted(results["samples"][benchmark.task], key=lambda sample: sample["doc_id"])
-    scores = scores_of(results["results"][benchmark.task], logged, task.aggregation(), benchmark)
-    return Outcome(scores, samples_of(logged, lm.rows, benchmark))
+        parts = [
+            Part(
+                task.config.task,
+                results["results"][task.config.task],
+                sorted(results["samples"][task.config.task], key=lambda sample: sample["doc_id"]),
+                task.aggregation(),
+            )
+            for task in tasks
+        ]
+        for part in parts:
+            refuse(benchmark, part.logged)
+        return outcome(parts, lm.rows, benchmark)
 
 
 def preview(benchmark: Benchmark, loaded: Any, limit: int | None = None) -> list[str]:
     """The exact prompts the model would get for the first `limit` questions."""
-    task = build_task(benchmark)
-    with _quiet():
+    with quiet(), judging(benchmark, None):
         from pruneval.harness.lmms_model import PrunevalModel
 
+        tasks = build_tasks(benchmark)
         lm = PrunevalModel(loaded)
-        lm.task_dict[benchmark.task] = task.dataset
-        task.build_all_requests(limit=limit)
-        return lm.prompts(task.instances)
+        found = []
+        for task in tasks:
+            lm.task_dict[task.config.task] = task.dataset
+            task.build_all_requests(limit=limit)
+            found += lm.prompts(task.instances)
+        return found
 
 
 def build_task(benchmark: Benchmark) -> Any:
-    """lmms-eval's task as installed; for a pocket edition only the data is another.
-
-    Raises:
-        UserError: the data set could not be loaded.
-        SampleFailure: the first row's image is unreadable (lmms-eval reads it while building).
-    """
-    with _quiet():
-        from lmms_eval.api.task import ConfigurableMessagesTask
-        from tenacity import RetryError
-
-        config = _task_config(benchmark.task)
-        if benchmark.edition == "pocket":
-            from pruneval.tasks.pocket import editions
-
-            folder = editions.ensure(benchmark.dataset)
-            config["dataset_path"], config["dataset_name"] = "parquet", None
-            config["dataset_kwargs"] = {
-                "data_files": {benchmark.split: str(folder / f"{benchmark.split}.parquet")},
-                "cache_dir": str(folder / "arrow"),
-            }
-            images: dict[str, Any] = {
-                "path": "parquet",
-                "data_files": {benchmark.split: str(folder / "images.parquet")},
-                "cache_dir": str(folder / "arrow"),
-            }
-        else:
-            config["dataset_path"] = benchmark.dataset
-            # The installed files insist on a stored login; these data sets are public.
-            config["dataset_kwargs"] = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "token"}
-            if benchmark.revision:
-                config["dataset_kwargs"]["revision"] = benchmark.revision
-            images = {"path": benchmark.dataset, "revision": benchmark.revision or None}
-        if benchmark.images:
-            config["process_docs"] = functools.partial(_join_images, benchmark=benchmark, source=images)
-        try:
-            return ConfigurableMessagesTask(config=config, model_name=PROMPT_KEY)
-        except RetryError as error:
-            cause = error.last_attempt.exception()
-            raise UserError(
-                f"benchmark {benchmark.name!r}: the data set {benchmark.dataset!r} could not be loaded "
-                f"({type(cause).__name__}: {' '.join(str(cause).split())[:200]}); connect to the hub once, or point "
-                "HF_HOME at a cache that holds it; the pocket editions need no download"
-            ) from cause
-        except (OSError, SyntaxError, ValueError) as error:
-            raise SampleFailure(f"{benchmark.task}/0", f"{type(error).__name__}: {error}") from error
-
-
-@functools.cache
-def _task_files() -> dict[str, Path]:
-    """The installed YAML files by task. lmms-eval's own index parses 2,000 files first, which takes seconds."""
-    spec = importlib.util.find_spec("lmms_eval")  # importing it takes seconds
-    found: dict[str, Path] = {}
-    for path in sorted((Path(str(spec.origin)).parent / "tasks").rglob("*.yaml")):
-        for name in re.findall(r"""^task:\s*["']?([\w.+-]+)["']?\s*(?:#.*)?$""", path.read_text("utf-8"), re.MULTILINE):
-            found.setdefault(name, path)
-    return found
-
-
-def _task_file(name: str) -> Path:
-    """The installed YAML file of a task. Raises: UserError when there is none."""
-    try:
-        return _task_files()[name]
-    except KeyError:
-        raise UserError(f"lmms-eval has no task {name!r}") from None
-
-
-def _task_config(name: str) -> dict[str, Any]:
-    from lmms_eval.utils import load_yaml_config
-
-    return load_yaml_config(str(_task_file(name)), mode="full")
-
-
-def _join_images(questions: Any, *, benchmark: Benchmark, source: dict[str, Any]) -> Any:
-    """Give each question its image out of the benchmark's image table, without decoding any.
-
-    lmms-eval's own GQA join loads the table by a fixed name, so it cannot be pointed elsewhere, and encodes every image
-    again in eight processes.
-    """
-    import datasets
-
-    table, key, identity = benchmark.images
-    name = None if source["path"] == "parquet" else table
-    images = datasets.load_dataset(name=name, split=benchmark.split, **source)
-    position = {value: index for index, value in enumerate(images[identity])}
-    picked = images.select([position[value] for value in questions[key]]).select_columns(["image"])
-    return datasets.concatenate_datasets([questions, picked.flatten_indices()], axis=1)
-
-
-def _whole_groups(task: Any, benchmark: Benchmark, limit: int | None) -> int | None:
-    """The largest number of rows up to `limit` that cuts no group apart (at least one group)."""
-    if not limit or not benchmark.group:
-        return limit or None
-    (column,) = benchmark.group
-    ids = task.eval_docs_no_media[column]
-    last = {value: index for index, value in enumerate(ids)}
-    best = end = 0
-    for index, value in enumerate(ids):
-        end = max(end, last[value])
-        if end == index:
-            if index + 1 > limit and best:
-                break
-            best = index + 1
-            if best >= limit:
-                break
-    return best
-
-
-def _hidden(bar: Callable, *args: Any, **options: Any) -> Any:
-    return bar(*args, **{**options, "disable": True})
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """lmms-eval without its log lines and progress bars, and without what importing it does to the process.
-
-    Importing it silences all warnings, and makes a truncated image count as one whose missing part is grey: here it is
-    an error, so that no question is scored on a picture that is not there.
-    """
-    from loguru import logger
-    from PIL import ImageFile
-
-    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
-    logger.disable("lmms_eval")
-    with warnings.catch_warnings():
-        import datasets
-        import lmms_eval.api.task as task_module
-        import lmms_eval.evaluator as evaluator_module
-    bars_shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    modules = (task_module, evaluator_module)
-    bars = [module.tqdm for module in modules]
-    for module, bar in zip(modules, bars, strict=True):
-        module.tqdm = functools.partial(_hidden, bar)
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-        for module, bar in zip(modules, bars, strict=True):
-            module.tqdm = bar
-        if bars_shown:
-            datasets.enable_progress_bars()
-        logger.enable("lmms_eval")
+    """The first of `build_tasks`: the only one, unless the benchmark has parts."""
+    with quiet(), judging(benchmark, None):
+        return build_tasks(benchmark)[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneval import methods
-from pruneval.harness import models
+from pruneval.harness import data, models
 from pruneval.harness.environment import environment
 from pruneval.harness.errors import SampleFailure, UserError, unknown
 from pruneval.harness.progress import Progress, progress
@@ -82,7 +82,7 @@ def expand(
                 given=identified(method.given),
                 benchmark=row.name,
                 edition=row.edition,
-                data=_data_revision(row),
+                data=data.revision(row),
                 limit=limit,
                 seed=seed,
                 dtype=dtype,
@@ -121,14 +121,6 @@ def _content(value: Any) -> Any:
     for file in files:
         seen.update(file.name.encode() + file.read_bytes())
     return f"{path.name}@{seen.hexdigest()[:8]}"
-
-
-def _data_revision(row: Benchmark) -> str:
-    if row.edition != "pocket":
-        return row.revision
-    from pruneval.tasks.pocket import editions
-
-    return editions.root().name
 
 
 def run_cells(

@@ -26,7 +26,7 @@ def standard_error(values: Sequence[Any], aggregate: Callable[[list[Any]], float
     if len(values) < 2:
         return None
     if not isinstance(values[0], dict):
-        return float(np.std(np.asarray(values, dtype=float), ddof=1) / math.sqrt(len(values)))
+        return mean_error(values)
     strata = _units(values)
     if sum(len(units) for units in strata) < 2:
         return None
@@ -46,6 +46,13 @@ def standard_error(values: Sequence[Any], aggregate: Callable[[list[Any]], float
                     sample += drawn(stratum, unit, copy)
         scores.append(aggregate(sample))
     return float(np.std(scores, ddof=1))
+
+
+def mean_error(values: Sequence[float]) -> float | None:
+    """The standard error of the mean of independent values; None with fewer than two."""
+    if len(values) < 2:
+        return None
+    return float(np.std(np.asarray(values, dtype=float), ddof=1) / math.sqrt(len(values)))
 
 
 def _units(values: Sequence[dict]) -> list[list[list[dict]]]:

@@ -8,6 +8,7 @@ else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -58,6 +59,10 @@ class Benchmark:
     """True when scoring asks a language model."""
     parts: tuple[str, ...] = ()
     """Where the benchmark is several tasks: what `{part}` stands for. `metric` is then the plain mean."""
+    folders: tuple[str, ...] = ()
+    """What `{folder}` stands for in each part's `videos`."""
+    only: dict[str, list[str]] = field(default_factory=dict, hash=False)
+    """Column -> values of the questions that count; empty where all do."""
     group: tuple[str, ...] = ()
     """The columns whose equal values are scored together (MME: its pairs); empty where rows stand alone."""
     rotation: int = 0
@@ -65,7 +70,7 @@ class Benchmark:
     images: tuple[str, str, str] | None = None
     """Where images are a table of their own: its name, the questions' column that points to it, its id column."""
     videos: str = ""
-    """The folder of the video files below the data set's; "" where questions are about images."""
+    """A question's video below the data set's folder, by its columns; "" where questions are about images."""
     columns: tuple[str, ...] = ()
     """The columns of the questions that the task reads."""
     prompt: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -80,6 +85,10 @@ class Benchmark:
     def configs(self) -> tuple[str, ...]:
         """The data set's configurations, one per task."""
         return tuple(self.config.format(part=part) for part in self.parts) or (self.config,)
+
+    def video_path(self, row: Mapping[str, Any], place: int = 0) -> str:
+        """The path of a question's video, which may still lack its ending, below the data set's folder."""
+        return self.videos.format(**row, folder=self.folders[place] if self.folders else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +111,10 @@ def _table() -> dict[str, Benchmark]:
             base = rows[own.pop("of")] if "of" in own else _DEFAULTS
             # A row of its own keys is known by the first of them, whatever the row it came from is known by.
             own = {"metric": own["keys"][0], **own} if "keys" in own else own
+            if isinstance(own.get("parts"), dict):
+                own["folders"], own["parts"] = list(own["parts"].values()), list(own["parts"])
             rows[name] = {**base, **own, "edition": edition}
-    tuples = ("keys", "parts", "group", "columns", "images")
+    tuples = ("keys", "parts", "folders", "group", "columns", "images")
     return {
         name: Benchmark(name=name, **{key: tuple(value) if key in tuples else value for key, value in row.items()})
         for name, row in rows.items()

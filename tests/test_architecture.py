@@ -94,9 +94,9 @@ def test_the_engine_knows_torch_and_transformers_only(name):
     assert not {one for one in found if one.startswith(("pruneval.tasks", "pruneval.reports"))}
 
 
-def test_lmms_eval_is_known_in_two_places():
+def test_lmms_eval_is_known_in_four_places():
     found = {name for name, path in MODULES.items() if any(one.split(".")[0] == "lmms_eval" for one in imports(path))}
-    assert found <= {"pruneval.harness.lmms_model", "pruneval.harness.evaluate"}
+    assert found <= {f"pruneval.harness.{one}" for one in ("lmms_model", "lmms_task", "evaluate", "judge")}
 
 
 @pytest.mark.parametrize("name", ["cli", "spec", "records", "environment", "models", "run", "progress", "errors"])

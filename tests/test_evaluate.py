@@ -9,18 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import scripting
 import tiny_llava
 
 from pruneval import tasks
-from pruneval.harness import evaluate as evaluation
-from pruneval.harness import lmms_model
+from pruneval.harness import lmms_model, lmms_task
 from pruneval.harness.errors import SampleFailure, UserError
 from pruneval.harness.evaluate import build_task, evaluate, preview
 from pruneval.tasks.pocket import editions, prompts
 from pruneval.tasks.pocket.questions import Question
 
 POCKET = tasks.suite("pocket")
-drawn = functools.cache(editions.rows)
+drawn = scripting.drawn
 SNAPSHOT = Path(__file__).parent / "snapshots" / "pocket_prompts.json"
 
 
@@ -42,30 +42,7 @@ def loaded() -> SimpleNamespace:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch):
-    """Evaluate a pocket benchmark with answers given by (row, index) instead of by a model."""
-
-    def run(name: str, answer, **options):
-        row = tasks.benchmark(name)
-        rows = drawn(row.dataset)[row.split]
-
-        def generate(self, batch, session):
-            return [
-                {
-                    "key": request.key,
-                    "doc_id": request.doc_id,
-                    "request": request.digest,
-                    "prompt": request.context,
-                    "prompt_hash": "",
-                    "answer": answer(rows[request.doc_id], request.doc_id),
-                    **dict.fromkeys(("visual_tokens", "avg_in", "kept_after", "final", "keep")),
-                }
-                for request in batch
-            ]
-
-        monkeypatch.setattr(lmms_model.PrunevalModel, "_generate", generate)
-        return evaluate(None, None, row, **options)
-
-    return run
+    return functools.partial(scripting.run, monkeypatch)
 
 
 def gold(row: dict, index: int) -> str:
@@ -244,12 +221,6 @@ def test_a_corrupt_image_fails_the_cell_and_is_named(broken: int, loaded, tmp_pa
         evaluate(loaded, None, tasks.benchmark("pocket-pope"), limit=8, batch_size=4)
 
 
-def test_data_that_cannot_be_loaded_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-    with pytest.raises(UserError, match=r"'mme': the data set 'lmms-lab-encoder/MME' could not be loaded .*HF_HOME"):
-        build_task(tasks.benchmark("mme"))
-
-
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
@@ -283,15 +254,15 @@ def test_answers_in_the_journal_are_not_generated_again(loaded, monkeypatch: pyt
 def test_tasks_are_those_lmms_eval_has_installed():
     from lmms_eval.tasks import TaskManager
 
-    folder = Path(evaluation._task_file("mme")).parent.parent
+    folder = Path(lmms_task.task_file("mme")).parent.parent
     for name in POCKET:
         task = tasks.benchmark(name).task
-        path = Path(evaluation._task_file(task))
+        path = Path(lmms_task.task_file(task))
         index = TaskManager(include_path=str(path.parent), include_defaults=False)
         assert Path(index._get_yaml_path(task)) == path
         assert folder in path.parents
     with pytest.raises(UserError, match="has no task 'no_such_task'"):
-        evaluation._task_file("no_such_task")
+        lmms_task.task_file("no_such_task")
 
 
 def test_importing_lmms_eval_changes_nothing_else():
@@ -302,26 +273,3 @@ def test_importing_lmms_eval_changes_nothing_else():
     build_task(tasks.benchmark("pocket-mme"))
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     assert ("ignore", None, Warning, None, 0) not in warnings.filters
-
-
-@pytest.mark.parametrize("name", tasks.suite("core5"))
-def test_full_editions_ask_the_hub_for_the_published_data(name: str, monkeypatch: pytest.MonkeyPatch):
-    import datasets
-
-    row, pocket = tasks.benchmark(name), tasks.benchmark(f"pocket-{name}")
-    folder, asked = editions.ensure(pocket.dataset), []
-
-    def load(path, name=None, split=None, **options):
-        asked.append((path, name, split))
-        assert "token" not in options, "public data must load without a login"
-        part = "images" if name and "images" in name else row.split
-        return local("parquet", data_files={row.split: str(folder / f"{part}.parquet")}, split=split)
-
-    local = datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    task = build_task(row)
-    config = {"gqa": "testdev_balanced_instructions", "scienceqa": "ScienceQA-IMG"}.get(name)
-    assert asked[0] == (row.dataset, config, None)
-    assert asked[1:] == ([(row.dataset, "testdev_balanced_images", "testdev")] if name == "gqa" else [])
-    assert len(task.eval_docs) == pocket.n
-    assert task.doc_to_visual(task.eval_docs[3])[0].size == (96, 96)

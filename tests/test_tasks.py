@@ -6,7 +6,7 @@ import pytest
 
 from pruneval import tasks
 from pruneval.harness.errors import UserError
-from pruneval.harness.evaluate import _task_file
+from pruneval.harness.lmms_task import task_file
 
 FIELDS = (
     "task",
@@ -67,7 +67,7 @@ def test_every_task_is_one_of_the_installed_lmms_eval_or_ours():
     for row in tasks.benchmarks().values():
         for task in row.tasks:
             if row.hub:
-                assert _task_file(task).exists()
+                assert task_file(task).exists()
 
 
 def test_suites_are_those_of_the_papers():
@@ -89,7 +89,8 @@ def test_suites_are_those_of_the_papers():
 
 def test_a_row_takes_what_it_does_not_say_from_another():
     mme, perception = tasks.benchmark("mme"), tasks.benchmark("mme_perception")
-    assert (perception.task, perception.n, perception.group) == (mme.task, mme.n, mme.group)
+    assert (perception.task, perception.columns, perception.group) == (mme.task, mme.columns, mme.group)
+    assert len(perception.only["category"]) == 10 and perception.n + tasks.benchmark("mme_cognition").n == mme.n
     assert perception.metric == "mme_perception_score,none" != mme.metric
     mvbench = tasks.benchmark("mvbench")
     assert mvbench.tasks[:2] == ("mvbench_action_sequence", "mvbench_moving_count") and len(mvbench.tasks) == 20

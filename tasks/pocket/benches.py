@@ -1,4 +1,4 @@
-"""The rows of the five pocket editions, drawn from the world: what each benchmark asks, in its own columns.
+"""The rows of MME, POPE, GQA, ScienceQA and TextVQA on the drawn world: what each asks, in its own columns.
 
 Every maker takes (seed, number of questions) and returns its tables as lists of rows; images are uint8 arrays of shape
 (96, 96, 3).
@@ -6,17 +6,12 @@ Every maker takes (seed, number of questions) and returns its tables as lists of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from pruneval.tasks.pocket import prompts
+from pruneval.tasks.pocket.items import Row, Tables, stream, until
 from pruneval.tasks.pocket.questions import PAIR_CATEGORIES, Question, ask, choose, pair
-from pruneval.tasks.pocket.world import SHAPES, SIZE, Scene, draw, render
-
-Row = dict[str, Any]
-Tables = dict[str, list[Row]]
+from pruneval.tasks.pocket.world import SHAPES, SIZE, Scene, render
 
 MME_ORDER = (0, 4, 1, 5, 2, 3)
 """Categories in turn, perception and cognition mixed, so that four questions suffice for both of MME's scores."""
@@ -34,7 +29,7 @@ def mme(seed: int, number: int) -> Tables:
         category = PAIR_CATEGORIES[MME_ORDER[index % len(MME_ORDER)]]
         # Splits alternate by round of categories, so that every category has both.
         turn = index // len(MME_ORDER)
-        scene, questions = _until(_stream(seed, "mme", index), turn, lambda s, r, c=category: pair(s, r, c))
+        scene, questions = until(stream(seed, "mme", index), turn, lambda s, r, c=category: pair(s, r, c))
         for question in questions:
             rows.append(
                 {
@@ -60,7 +55,7 @@ def pope(seed: int, number: int) -> Tables:
             no = [q for q in asked if q is not None and q.answer == "no" and _samples(category, q, scene)]
             return [yes[0], no[0]] if yes and no else None
 
-        scene, questions = _until(_stream(seed, "pope", index), index, both)
+        scene, questions = until(stream(seed, "pope", index), index, both)
         for question in questions:
             rows.append(
                 {
@@ -85,7 +80,7 @@ def gqa(seed: int, number: int) -> Tables:
             asked = [ask(scene, rng, skill) for skill in GQA_SKILLS]
             return None if None in asked else asked
 
-        scene, questions = _until(_stream(seed, "gqa", index), index, all_skills)
+        scene, questions = until(stream(seed, "gqa", index), index, all_skills)
         image = f"n{index:06d}"
         images.append({"id": image, "image": render(scene)})
         rows.extend(_gqa_row(question, image, f"{index:06d}{turn}") for turn, question in enumerate(questions))
@@ -97,8 +92,8 @@ def scienceqa(seed: int, number: int) -> Tables:
     rows = []
     for index in range(number):
         skill = SCIENCE_SKILLS[index % len(SCIENCE_SKILLS)]
-        rng = _stream(seed, "scienceqa", index)
-        scene, question = _until(rng, index, lambda s, r, skill=skill: ask(s, r, skill))
+        rng = stream(seed, "scienceqa", index)
+        scene, question = until(rng, index, lambda s, r, skill=skill: ask(s, r, skill))
         question = choose(question, rng)
         right = question.choices[question.letter_index]
         rows.append(
@@ -125,8 +120,8 @@ def textvqa(seed: int, number: int) -> Tables:
     """Numbers to be read, with the answers of ten people of whom at most three misread."""
     rows = []
     for index in range(number):
-        rng = _stream(seed, "textvqa", index)
-        scene, question = _until(rng, index, lambda s, r: ask(s, r, "digit"))
+        rng = stream(seed, "textvqa", index)
+        scene, question = until(rng, index, lambda s, r: ask(s, r, "digit"))
         wrong = [option for option in question.options if option != question.answer]
         dissent = int(rng.integers(TEXT_DISSENT + 1))
         people = [question.answer] * (10 - dissent) + [str(rng.choice(wrong)) for _ in range(dissent)]
@@ -148,29 +143,6 @@ def textvqa(seed: int, number: int) -> Tables:
             }
         )
     return {"validation": rows}
-
-
-MAKERS: dict[str, Callable[[int, int], Tables]] = {
-    "mme": mme,
-    "gqa": gqa,
-    "pope": pope,
-    "scienceqa": scienceqa,
-    "textvqa": textvqa,
-}
-
-
-def _stream(seed: int, edition: str, index: int) -> np.random.Generator:
-    """A stream of its own for every item, so that an item does not change when the number of items does."""
-    return np.random.default_rng([seed, *edition.encode(), index])
-
-
-def _until(rng: np.random.Generator, index: int, question: Callable[[Scene, np.random.Generator], Any]) -> tuple:
-    """Draw scenes, of the test and held-out splits in turn, until one allows the question."""
-    while True:
-        scene = draw(rng, ("test", "heldout")[index % 2])
-        asked = question(scene, rng)
-        if asked is not None:
-            return scene, asked
 
 
 def _samples(category: str, question: Question, scene: Scene) -> bool:

@@ -1,4 +1,4 @@
-"""The pocket editions: five benchmarks' data sets, column for column, on the drawn world.
+"""The pocket editions: the benchmarks' data sets, column for column, on the drawn world.
 
 An edition is made on first use, in a few seconds, into `$PRUNEVAL_DATA` or `~/.cache/pruneval`, below a folder named
 after everything that decides its content. The same code gives the same rows everywhere; `digest` says so in one number.
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,41 @@ from typing import Any
 import numpy as np
 
 from pruneval.harness.errors import UserError, unknown
-from pruneval.tasks.pocket import benches
+from pruneval.tasks.pocket import benches, benches_choice, benches_judged, benches_open
+from pruneval.tasks.pocket.items import Tables
 
 SEED = 20
-ROWS = 240
-"""Questions per edition."""
+MAKERS: dict[str, tuple[Callable[[int, int], Tables], int]] = {
+    "mme": (benches.mme, 240),
+    "gqa": (benches.gqa, 240),
+    "pope": (benches.pope, 240),
+    "scienceqa": (benches.scienceqa, 240),
+    "textvqa": (benches.textvqa, 240),
+    "mmbench_en": (benches_choice.mmbench_en, 40),
+    "mmbench_cn": (benches_choice.mmbench_cn, 40),
+    "ai2d": (benches_choice.ai2d, 120),
+    "seedbench": (benches_choice.seedbench, 120),
+    "mmstar": (benches_choice.mmstar, 126),
+    "mmmu": (benches_choice.mmmu, 120),
+    "realworldqa": (benches_choice.realworldqa, 120),
+    "vqav2": (benches_open.vqav2, 120),
+    "vizwiz": (benches_open.vizwiz, 120),
+    "docvqa": (benches_open.docvqa, 120),
+    "infovqa": (benches_open.infovqa, 120),
+    "chartqa": (benches_open.chartqa, 120),
+    "hallusionbench": (benches_judged.hallusionbench, 120),
+    "mathvista": (benches_judged.mathvista, 120),
+    "mmvet": (benches_judged.mmvet, 60),
+    "llava_bench": (benches_judged.llava_bench, 60),
+}
+"""What draws an edition's tables from a seed and a number of questions (MMBench: before they are rotated)."""
+SOURCES = ("world.py", "questions.py", "prompts.py", "charts.py", "items.py", "schemas.py", "editions.py")
+"""The modules that decide an edition's content, beside the makers."""
 
 
 def names() -> list[str]:
     """The editions that can be made."""
-    return list(benches.MAKERS)
+    return list(MAKERS)
 
 
 def ensure(name: str) -> Path:
@@ -39,8 +65,8 @@ def ensure(name: str) -> Path:
     Raises:
         UserError: no such edition, or the cache folder cannot be written.
     """
-    if name not in benches.MAKERS:
-        raise unknown("pocket edition", name, benches.MAKERS)
+    if name not in MAKERS:
+        raise unknown("pocket edition", name, MAKERS)
     folder = root() / name
     if (folder / "manifest.json").exists():
         return folder
@@ -70,12 +96,13 @@ def root() -> Path:
     return cache_folder / "pocket" / _generation()
 
 
-def rows(name: str) -> dict[str, list[dict[str, Any]]]:
+def rows(name: str) -> Tables:
     """An edition's rows per table, drawn afresh; images are uint8 arrays (height, width, 3)."""
-    return benches.MAKERS[name](SEED, ROWS)
+    maker, number = MAKERS[name]
+    return maker(SEED, number)
 
 
-def digest(tables: dict[str, list[dict[str, Any]]]) -> str:
+def digest(tables: Tables) -> str:
     """A hash of an edition's rows that is the same on every machine.
 
     Pictures enter coarsely, as means of 8 x 8 pixels in steps of 8 levels: the last bit of a float, and with it now and
@@ -85,9 +112,18 @@ def digest(tables: dict[str, list[dict[str, Any]]]) -> str:
     for table in sorted(tables):
         for row in tables[table]:
             for column, value in row.items():
-                content = _coarse(value) if column == "image" else json.dumps(value, sort_keys=True).encode()
-                seen.update(f"{table}/{column}=".encode() + content)
+                seen.update(f"{table}/{column}=".encode() + b"".join(_content(value)))
     return seen.hexdigest()[:16]
+
+
+def _content(value: Any) -> list[bytes]:
+    if _pictures(value):
+        return [_coarse(each) for each in (value if isinstance(value, list) else [value])]
+    return [json.dumps(value, sort_keys=True).encode()]
+
+
+def _pictures(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or (isinstance(value, list) and bool(value) and _pictures(value[0]))
 
 
 def _coarse(pixels: np.ndarray) -> bytes:
@@ -100,8 +136,8 @@ def _coarse(pixels: np.ndarray) -> bytes:
 def _generation() -> str:
     """A hash of the code that draws and asks, and of the seed."""
     here = Path(__file__).parent
-    seen = hashlib.sha256(f"{SEED} {ROWS}".encode())
-    for source in ("world.py", "questions.py", "prompts.py", "benches.py", "schemas.py", "editions.py"):
+    seen = hashlib.sha256(str(SEED).encode())
+    for source in (*SOURCES, *sorted(path.name for path in here.glob("benches*.py"))):
         seen.update((here / source).read_bytes())
     return seen.hexdigest()[:12]
 
@@ -113,7 +149,9 @@ def _write(name: str, folder: Path) -> None:
 
     from pruneval.tasks.pocket.schemas import features
 
-    def encoded(pixels: Any) -> dict[str, Any]:
+    def encoded(pixels: Any) -> Any:
+        if isinstance(pixels, list):
+            return [encoded(each) for each in pixels]
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="PNG")
         return {"bytes": buffer.getvalue(), "path": None}
@@ -122,7 +160,7 @@ def _write(name: str, folder: Path) -> None:
     for table, content in tables.items():
         columns = features(name, table)
         data = {
-            column: [encoded(row[column]) if column == "image" else row[column] for row in content]
+            column: [encoded(row[column]) if _pictures(row[column]) else row[column] for row in content]
             for column in columns
         }
         made = datasets.Dataset.from_dict(data, features=columns)
