@@ -2,7 +2,9 @@ PYTHON ?= python3
 METHOD ?= fastv
 MODEL ?= pocket-llava
 JOBS ?= 2
+OUT ?= runs
 BIN := .venv/bin
+MEASURED := reports/measured
 PYTEST := OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 help:  ## show this text
@@ -14,7 +16,7 @@ setup: .venv/.installed  ## make .venv and install the tested versions; does not
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pruneval needs Python 3.11 or newer, this one is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	sed -n '/^uv==/,/[^\\]$$/p' constraints.txt > .venv/uv.txt && $(BIN)/python -m pip install -q --disable-pip-version-check -r .venv/uv.txt
-	$(BIN)/uv pip install -p $(BIN)/python -c constraints.txt -r pyproject.toml --extra dev setuptools
+	$(BIN)/uv pip install -p $(BIN)/python -c constraints.txt -r pyproject.toml --extra dev --extra bench setuptools
 	$(BIN)/uv pip install -q -p $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -29,11 +31,23 @@ measure: setup  ## what METHOD= costs on MODEL=, from dimensions; also KEEP= ARG
 check: setup  ## prove the engine's promises for every method on every family
 	@$(BIN)/pruneval check --all
 
-bench: setup  ## time and memory of scoring: needed rows against full attention maps
-	@$(BIN)/python tests/bench_scoring.py
+bench: setup  ## measure speed on this CPU: a mid-size random model, then scoring rows against full attention maps
+	@$(BIN)/pruneval bench --model llava-1.5-7b --no-weights --width 0.125 --depth 0.5 --device cpu --keep 0.5 0.25 0.1 \
+	  $(foreach method,fastv pdrop visionzip sparsevlm random,--method $(method)) --out $(MEASURED)/cpu.json $(ARGS)
+	@$(BIN)/python tests/bench_scoring.py --tokens 4096 8192 --out $(MEASURED)/cpu-scoring.json
+
+GPU_BENCH := $(BIN)/pruneval bench --no-weights --device cuda --dtype bfloat16 --keep 0.5 0.25 0.1 --batch 1 8
+
+bench-gpu: setup  ## measure every method on a GPU, unattended: three 7-8B models with random weights; also ARGS=
+	-$(GPU_BENCH) --model llava-1.5-7b --out $(MEASURED)/gpu-llava-1.5-7b.json $(ARGS)
+	-$(GPU_BENCH) --model llava-ov-7b --visual-tokens 4500 7000 --out $(MEASURED)/gpu-llava-ov-7b.json $(ARGS)
+	-$(GPU_BENCH) --model internvl2-8b --out $(MEASURED)/gpu-internvl2-8b.json $(ARGS)
 
 report: setup  ## print every table of runs/
 	@$(BIN)/pruneval report
+
+tables: setup  ## the comparison of runs/ as Markdown, LaTeX, HTML and CSV; also OUT=
+	@$(BIN)/pruneval report --out '$(OUT)' --format all
 
 pocket: setup  ## train pocket-llava again, from nothing
 	$(BIN)/python -m pruneval.tasks.pocket.train
@@ -54,4 +68,4 @@ wheel-test: setup  ## the tests against the wheel, in an environment of its own
 	(cd .venv/lib/python3*/site-packages && pwd) > $$(echo .venv-wheel/lib/python3*/site-packages)/shared.pth
 	cd dist && PRUNEVAL_WHEEL=1 $(subst $(BIN),.venv-wheel/bin,$(PYTEST)) $(CURDIR)/tests
 
-.PHONY: help setup eval measure check bench report pocket types test wheel-test
+.PHONY: help setup eval measure check bench bench-gpu report tables pocket types test wheel-test

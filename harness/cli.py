@@ -20,7 +20,7 @@ examples:
   pruneval eval --method fastv                              pocket-llava on the pocket suite, beside vanilla
   pruneval eval --method random --set keep=0.25 --limit 20
   pruneval eval --model llava-1.5-7b --method fastv --suite core5 --device cuda
-  pruneval list methods                                     also: models, suites, benchmarks; --json for programs
+  pruneval list methods                                     also: models, suites, benchmarks, layouts; --json
   pruneval report                                           every table of a results folder
 """
 
@@ -102,8 +102,8 @@ def parser(command: str = "") -> argparse.ArgumentParser:
 
     add("--out", type=Path, default=OUT, metavar="DIR", help="results folder (default: %(default)s)")
 
-    listing = commands.add_parser("list", help="methods, models, suites, benchmarks", allow_abbrev=False)
-    listing.add_argument("what", choices=("methods", "models", "suites", "benchmarks"))
+    listing = commands.add_parser("list", help="methods, models, suites, benchmarks, layouts", allow_abbrev=False)
+    listing.add_argument("what", choices=("methods", "models", "suites", "benchmarks", "layouts"))
     listing.add_argument("--json", action="store_true", help="a list of objects, for programs")
 
     for name, (module, what) in MODULES.items():
@@ -259,6 +259,10 @@ def listing(what: str) -> list[dict[str, Any]]:
         return [{**row, "summary": f"{row['title']}: {row['hub_id'] or 'comes with the package'}"} for row in rows]
     if what == "suites":
         return [{"name": name, "benchmarks": list(of), "summary": ", ".join(of)} for name, of in tasks.suites().items()]
+    if what == "layouts":
+        from pruneval.reports import layouts
+
+        return [{"name": name, "summary": layouts.load(name).title} for name in layouts.names()]
     known = tasks.benchmarks().values()
     return [{**asdict(row), "summary": f"{row.title}: {row.n} questions, {row.unit}"} for row in known]
 

@@ -14,6 +14,7 @@ from pruneval.reports.filled import SHOW
 from pruneval.reports.table import Table
 
 FORMATS = {"markdown": "md", "latex": "tex", "html": "html", "csv": "csv"}
+EVERY = "all"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", "--runs", type=Path, default=Path("runs"), metavar="DIR", help="results folder (default: %(default)s)")
     add("--layout", metavar="L", help="a table of a paper (`pruneval list layouts`), or `papers` for all of them")
-    add("--format", choices=tuple(FORMATS), default="markdown", help="html has the figures too (default: markdown)")
+    add("--format", choices=(*FORMATS, EVERY), default="markdown", help="html has the figures too (default: markdown)")
     add("--show", choices=SHOW, default="ours", help="with --layout: whose numbers (default: ours)")
 
 
@@ -30,16 +31,18 @@ def main(args: argparse.Namespace) -> int:
     if args.layout is None and args.show != "ours":
         raise UserError(f"--show {args.show} needs a paper's table: add --layout (see `pruneval list layouts`)")
     name = "report" if args.layout is None else f"{args.layout}_{args.show}"
-    tables, figures = _comparisons(args.out, args.format) if args.layout is None else _layouts(args)
-    text = render(tables, args.format, figures)
-    if args.format != "html":
-        print(text)
-    elif not args.out.is_dir():
+    forms = tuple(FORMATS) if args.format == EVERY else (args.format,)
+    if "html" in forms and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder; an HTML page is written into it")
-    if args.out.is_dir():
-        path = args.out / "tables" / f"{name}.{FORMATS[args.format]}"
-        write_atomically(path, text.encode())
-        print(f"written to {path}", file=sys.stderr)
+    tables, figures = _layouts(args) if args.layout else _comparisons(args.out, "html" in forms)
+    for form in forms:
+        text = render(tables, form, figures)
+        if form == forms[0] != "html":
+            print(text)
+        if args.out.is_dir():
+            path = args.out / "tables" / f"{name}.{FORMATS[form]}"
+            write_atomically(path, text.encode())
+            print(f"written to {path}", file=sys.stderr)
     return 0
 
 
@@ -65,17 +68,16 @@ def records_of(out: Path) -> list[RunRecord]:
     return found
 
 
-def _comparisons(out: Path, form: str) -> tuple[list[Table], dict[str, str]]:
+def _comparisons(out: Path, drawn: bool) -> tuple[list[Table], dict[str, str]]:
+    """One table per setting, then what is more than chance; with the figures where they can be shown."""
     from pruneval.reports.differences import differences
     from pruneval.reports.samples import reader
 
     samples = reader(out)
     groups = settings(records_of(out))
     tables = [comparison(group, samples=samples) for group in groups]
-    if form == "markdown":
-        return tables, {}
     tables += [table for group in groups if (table := differences(group, samples))]
-    if form != "html":
+    if not drawn:
         return tables, {}
     from pruneval.reports.points import drawings
 

@@ -233,7 +233,7 @@ def test_a_run_ends_in_a_table_and_a_repeat_does_no_inference(capsys, monkeypatc
     code, again, _ = call(capsys, *command)
     assert code == 0 and again == first
     code, report, _ = call(capsys, "report", "--out", str(tmp_path))
-    assert code == 0 and report == first
+    assert code == 0 and report.startswith(first) and "which differences are more than chance (pocket)" in report
 
 
 @needs_model

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import pandas as pd
 import pytest
 
 from pruneval.harness.records import RunRecord
 from pruneval.harness.spec import RunSpec
 from pruneval.reports.comparison import comparison, comparisons
+from pruneval.reports.differences import differences
 from pruneval.reports.markdown import to_markdown
 
 SPEC = RunSpec(
@@ -118,3 +120,94 @@ def test_nothing_is_no_table():
     with pytest.raises(ValueError, match="at least one"):
         comparison([])
     assert comparisons([]) == []
+
+
+# Budgets and chance ---------------------------------------------------------------------------------------------------
+
+
+def answered(method, right, avg_in, n=240, benchmark="pocket-gqa", **params):
+    """A record and its samples: `right` lists the numbers of the questions answered rightly."""
+    one = record(len(right) / n, benchmark=benchmark, method=method, params=params, avg_in=avg_in)
+    correct = [float(number in right) for number in range(n)]
+    return one, pd.DataFrame({"doc_id": range(n), "prompt_hash": "p", "correct": correct, "image": None})
+
+
+def judged(*pairs):
+    frames = {one.spec.hash: frame for one, frame in pairs}
+    return comparison([one for one, _ in pairs], samples=lambda one: frames[one.spec.hash])
+
+
+CONTEST = [
+    answered("vanilla", range(220), 144.0),
+    answered("random", range(100), 72.0, keep=0.5),
+    answered("good", range(180), 72.0, keep=0.5),
+    answered("same", range(100), 72.0, keep=0.5),
+    answered("lucky", range(104), 74.0, keep=0.5),
+    answered("worse", range(60), 70.0, keep=0.5),
+    answered("random", range(60), 36.0, keep=0.25),
+    answered("good", range(160), 36.0, keep=0.25),
+    answered("alone", range(200), 110.0),
+]
+
+
+def test_rows_stand_by_budget_and_the_best_first():
+    rows = judged(*CONTEST).rows
+    assert [(row.section, row.label) for row in rows] == [
+        ("all visual tokens", "vanilla"),
+        ("about 110 of 144 visual tokens (76 %)", "alone"),
+        ("about 72 of 144 visual tokens (50 %)", "good(keep=0.5)"),
+        ("about 72 of 144 visual tokens (50 %)", "lucky(keep=0.5)"),
+        ("about 72 of 144 visual tokens (50 %)", "random(keep=0.5)"),
+        ("about 72 of 144 visual tokens (50 %)", "same(keep=0.5)"),
+        ("about 72 of 144 visual tokens (50 %)", "worse(keep=0.5)"),
+        ("about 36 of 144 visual tokens (25 %)", "good(keep=0.25)"),
+        ("about 36 of 144 visual tokens (25 %)", "random(keep=0.25)"),
+    ]
+
+
+def test_what_is_not_above_random_is_marked():
+    marks = {row.label: (row.cells[0].mark, row.cells[3].mark, row.cells[3].text) for row in judged(*CONTEST).rows}
+    assert marks == {
+        "vanilla": ("", "", "-"),
+        "alone": ("", "", "-"),  # no random at its budget
+        "good(keep=0.5)": ("", "", "+33.3 ±3.0"),
+        "lucky(keep=0.5)": ("°", "°", "+1.7 ±0.8"),  # p = 0.125, and four comparisons
+        "random(keep=0.5)": ("", "", "-"),
+        "same(keep=0.5)": ("°", "°", "+0.0 ±0.0"),
+        "worse(keep=0.5)": ("°", "°", "-16.7 ±2.4"),
+        "good(keep=0.25)": ("", "", "+41.7 ±3.2"),
+        "random(keep=0.25)": ("", "", "-"),
+    }
+
+
+def test_more_tokens_than_random_are_said():
+    rows = {row.label: row.cells[-1] for row in judged(*CONTEST).rows}
+    assert rows["lucky(keep=0.5)"].notes == ("3 % more visual tokens than the `random` it is compared with",)
+    assert rows["good(keep=0.5)"].notes == () and rows["worse(keep=0.5)"].notes == ()
+
+
+def test_the_best_and_the_second_of_a_budget():
+    rows = [row for row in judged(*CONTEST).rows if "(50 %)" in row.section]
+    assert [row.cells[0].rank for row in rows] == ["best", "second", "", "", ""]
+
+
+def test_differences_tell_what_is_more_than_chance():
+    frames = {one.spec.hash: frame for one, frame in CONTEST}
+    table = differences([one for one, _ in CONTEST], lambda one: frames[one.spec.hash])
+    rows = {row.label: row.cells for row in table.rows}
+    assert rows["good(keep=0.5)"][0].text.startswith("-16.7 [") and rows["good(keep=0.5)"][0].mark == ""
+    assert rows["good(keep=0.5)"][2].text == "best"
+    assert rows["lucky(keep=0.5)"][2].text == "-31.7 ±3.0" and rows["lucky(keep=0.5)"][2].mark == ""
+    assert rows["random(keep=0.5)"][3].value == pytest.approx(9.05, abs=0.1)
+    twins = differences([one for one, _ in CONTEST[:1]] + [CONTEST[1][0], CONTEST[3][0]], lambda o: frames[o.spec.hash])
+    assert {row.label: row.cells[2].mark for row in twins.rows} == {"random(keep=0.5)": "", "same(keep=0.5)": "≈"}
+    assert differences([CONTEST[1][0]], lambda one: frames[one.spec.hash]) is None
+
+
+def test_failed_and_pocket_runs_in_a_whole_report(tmp_path):
+    broken = failed(benchmark="pocket-gqa", method="random", params={"keep": 0.5})
+    frames = {one.spec.hash: frame for one, frame in CONTEST}
+    records = [CONTEST[0][0], CONTEST[2][0], broken]
+    table = comparison(records, samples=lambda one: frames.get(one.spec.hash))
+    assert table.pocket and "right answers over random (points)" not in [column.heading for column in table.columns]
+    assert {row.label: row.cells[0].text for row in table.rows}["random(keep=0.5)"] == "failed"
