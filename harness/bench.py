@@ -50,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
     names = _checked(args)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin disturb who runs next
     from pruneval.harness import contests
+    from pruneval.harness.machine import load
     from pruneval.harness.records import write_atomically
 
     subject = contests.subject(args)
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     document = contests.head(subject, args)
     for setting in contests.settings(subject, args):
         document["settings"].append(contests.run(subject, names, setting, args))
-        document["machine"]["load_after"] = contests.load()
+        document["machine"]["load_after"] = load()
         write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())  # what is measured is kept
         if not args.json:
             _show(document, document["settings"][-1])

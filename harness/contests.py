@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +23,9 @@ from pruneval.harness.backend import Contestant, Runner
 from pruneval.harness.dimensions import Dimensions
 from pruneval.harness.dimensions import load as facts
 from pruneval.harness.dimensions_config import dimensions_of
-from pruneval.harness.environment import environment
 from pruneval.harness.errors import UserError
 from pruneval.harness.flops import lengths_of
+from pruneval.harness.machine import machine
 from pruneval.harness.measure import cost
 from pruneval.harness.observed import observing
 from pruneval.harness.session import pruned
@@ -104,25 +102,6 @@ def head(one: Subject, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on, and how busy it was with other things."""
-    cpu = ""
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return {
-        **environment(), "optimum_benchmark": version("optimum-benchmark"), "cpu": cpu, "memory_bytes": pages,
-        "gpu_memory_bytes": memory, "threads": torch.get_num_threads(), "load_before": load(), "load_after": load(),
-    }  # fmt: skip
-
-
-def load() -> float:
-    """Mean number of running processes over the last minute."""
-    return round(os.getloadavg()[0], 2)
-
-
 def settings(one: Subject, args: argparse.Namespace) -> Iterator[Setting]:
     """Every combination the command line asks for."""
     usual = lengths_of(one.dimensions).given
@@ -151,11 +130,14 @@ def run(one: Subject, names: Sequence[str], setting: Setting, args: argparse.Nam
         document["kernels"] = tried
         if best is not None:
             runners.insert(1, best)
-        found = latency.contest(runners, args.rounds, tell)
-        shares = latency.parts(runners, one.adapter, max(1, args.rounds // 2), tell)
-        sole = workload(one.adapter, prompts.visual, prompts.text)
-        for runner, seconds, share in zip(runners, found, shares, strict=True):
-            document["contestants"].append(_row(one, prompts, sole, runner, seconds, share, args.energy))
+        try:
+            found = latency.contest(runners, args.rounds, tell)
+            shares = latency.parts(runners, one.adapter, max(1, args.rounds // 2), tell)
+            sole = workload(one.adapter, prompts.visual, prompts.text)
+            for runner, seconds, share in zip(runners, found, shares, strict=True):
+                document["contestants"].append(_row(one, prompts, sole, runner, seconds, share, args.energy))
+        except torch.OutOfMemoryError as error:
+            left_out.append({"method": "all", "reason": f"memory ran out between rounds: {_short(error)}"})
     _compare(document)
     return document
 
@@ -176,6 +158,9 @@ def _warmed(
         except torch.OutOfMemoryError as error:
             left_out.append({"method": contestant.name, "reason": f"does not fit: {_short(error)}"})
             _free()
+        except Exception as error:  # the others are measured all the same
+            reason = f"failed with {type(error).__name__}: {_short(error)}"
+            left_out.append({"method": contestant.name, "reason": reason})
         tell()
     return runners
 

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 TEXT = 64
@@ -92,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="also write the numbers and the machine's description, as JSON")
     parser.add_argument("--one", choices=("plain", "maps", "rows"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -99,6 +101,7 @@ def main() -> None:
         return
     ways = {"plain": "SDPA, no scores", "rows": "SDPA, needed rows (pruneval)", "maps": "eager, output_attentions"}
     print(f"{'visual tokens':>13}  {'':30}  {'seconds (min-max)':>22}  {'peak MiB':>9}  {'against rows':>22}")
+    document = {"what": "time and peak memory of scoring visual tokens, medians of interleaved repeats", "sizes": []}
     for tokens in args.tokens:
         found: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
         for _ in range(args.repeats):
@@ -107,6 +110,7 @@ def main() -> None:
         median = {
             way: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for way, runs in found.items()
         }
+        document["sizes"].append({"visual_tokens": tokens, "runs": found, "median": median})
         for way, title in ways.items():
             seconds = [one["seconds"] for one in found[way]]
             spread = f"{median[way]['seconds']:.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
@@ -116,7 +120,21 @@ def main() -> None:
                     f"{median[way]['seconds'] / median['rows']['seconds']:.2f} x time, "
                     f"{median[way]['mib'] / median['rows']['mib']:.2f} x memory"
                 )
-            print(f"{tokens:>13}  {title:30}  {spread:>22}  {median[way]['mib']:>9.0f}  {ratio:>22}")
+            print(f"{tokens:>13}  {title:30}  {spread:>22}  {median[way]['mib']:>9.0f}  {ratio:>22}", flush=True)
+    if args.out:
+        write(args.out, document)
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """The numbers with the machine they are from."""
+    import torch
+
+    from pruneval.harness.machine import machine
+    from pruneval.harness.records import write_atomically
+
+    document["machine"] = machine(torch.device("cpu"))
+    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":
