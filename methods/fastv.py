@@ -34,6 +34,13 @@ class FastV(Ranking):
         prompt_aware=True,
     )
 
+    presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
+        # The paper's rates, and tokens left after the prune as other papers' tables count them.
+        **{f"llava-1.5-7b@{keep:.3g}%": {"keep": keep / 100} for keep in (50, 25, 12.5)},
+        **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (192, 128, 64)},
+        **{f"llava-next-7b@{count}": {"keep": count / 2880} for count in (640, 320, 160)},
+    }
+
     layer: int = 2
     keep: float = 0.5
     rows: str = "last"

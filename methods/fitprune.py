@@ -48,6 +48,12 @@ class FitPrune(Method):
         calibrated=True,
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
+        "llava-1.5-7b@541": {"keep": 0.9},
+        "llava-1.5-7b@493": {"keep": 0.8},
+        "llava-1.5-7b@424": {"keep": 0.7},
+        "llava-1.5-7b@362": {"keep": 0.6},
+        "llava-1.5-7b@302": {"keep": 0.5},
+        "llava-1.5-7b@274": {"keep": 0.45},
         "llava-1.5-7b@245": {"keep": 0.4},
         "llava-1.5-7b@188": {"keep": 0.3},
         "llava-1.5-7b@131": {"keep": 0.2},

@@ -48,6 +48,16 @@ class PDrop(Ranking):
         prompt_aware=True,
     )
 
+    presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
+        "llava-1.5-7b@270": {},
+        # The author's boundaries for low budgets and his 64; the others solve for the average over layers.
+        "llava-1.5-7b@192": {"layers": "2,8,16", "keep": 0.56},
+        "llava-1.5-7b@128": {"layers": "2,8,16", "keep": 0.42},
+        "llava-1.5-7b@64": {"layers": "2,8,16", "keep": 0.19},
+        "llava-next-7b@640": {"layers": "2,8,16", "keep": 0.42},
+        "llava-next-7b@320": {"layers": "2,8,16", "keep": 0.192},
+    }
+
     keep: float = 0.5
     layers: str = "auto"
     position_mode: Positions = "compact"
