@@ -2,9 +2,9 @@
 
 A method may say it itself, `work(shape, visual, text) -> dict[str, int]` in multiply-adds. Otherwise it is read off
 `needs()`: one query row against every key of each decoder layer it reads, the class token's row of each vision layer
-(every row where there is no class token), and the projections of a layer that has not run yet. Sorting,
-gathering and merging are not counted. The text tower of methods that compare patches with the question is a helper
-model, with its own line in the ledger.
+(every row where there is no class token or the method says so), and the projections of a layer that has not run yet.
+Sorting, gathering and merging are not counted. The text tower of methods that compare patches with the question is a
+helper model, with its own line in the ledger.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def scoring(method: Any, dimensions: Dimensions, lengths: Lengths) -> tuple[Work
             project = decoder.hidden * (decoder.width + 2 * decoder.kv_width)
             work.append(Work(f"projections and one row of layer {boundary}", tokens * (project + decoder.width)))
         for layer in needs.vision:
-            pairs = sum(k * n * (1 if vision.class_tokens else n) for k, n in lengths.vision[layer])
+            one = vision.class_tokens and not needs.every_row
+            pairs = sum(k * n * (1 if one else n) for k, n in lengths.vision[layer])
             work.append(Work(f"rows of vision layer {layer}", vision.width * pairs))
     return tuple(work)

@@ -65,7 +65,7 @@ class HiPrune(PerTile):
             raise MethodError(
                 f"hiprune: object_layer must be at most {shape.feature_layer} for this vision tower, not {layer}"
             )
-        return {0: Needs(vision=tuple(sorted({layer, shape.feature_layer})))}
+        return {0: Needs(vision=tuple(sorted({layer, shape.feature_layer})), every_row=True)}
 
     def layer(self, shape: Shape) -> int:
         """The object layer."""

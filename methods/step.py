@@ -65,6 +65,7 @@ class Needs:
         attention: decoder layers, all before the boundary, whose queries, keys and values it reads.
         next: whether it reads the attention that the layer at the boundary is about to compute.
         vision: vision-tower layers whose attention and output it reads.
+        every_row: whether it reads all rows of attention there, even where the CLS token's would be one.
         frames: whether it reads how videos are made of frames (`Step.clips`).
         clip: whether it compares cells with the question in CLIP's space (`Step.clip`); only models that look through a
             CLIP tower, and whose text tower is at hand, have it.
@@ -75,6 +76,7 @@ class Needs:
     attention: tuple[int, ...] = ()
     next: bool = False
     vision: tuple[int, ...] = ()
+    every_row: bool = False
     frames: bool = False
     clip: bool = False
     helper: Reading | None = None

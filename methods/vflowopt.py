@@ -148,7 +148,8 @@ class VFlowOpt(Method):
         if shape.layers < 3:
             raise MethodError("vflowopt: needs a model of at least three decoder layers")
         later = {layer: Needs() for layer in self.stages(shape)}
-        return later | {0: Needs(vision=(shape.feature_layer,), frames=True, pixels=self.alpha != 0)}
+        here = Needs(vision=(shape.feature_layer,), every_row=True, frames=True, pixels=self.alpha != 0)
+        return later | {0: here}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
         stages, counts = self.stages(shape), []

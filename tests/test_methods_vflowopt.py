@@ -10,6 +10,9 @@ import torch
 from steps import Rows, shape, step
 
 from pruneval import methods
+from pruneval.harness import measure
+from pruneval.harness.flops import lengths_of
+from pruneval.harness.scoring import scoring
 from pruneval.harness.session import pruned
 from pruneval.harness.subjects import subject, tiny
 from pruneval.methods import MethodError
@@ -273,3 +276,40 @@ def test_pixels_need_a_tower_that_takes_tiles():
 
     reason = adapter_for(tiny("qwen2_5_vl")).supports(methods.build("vflowopt", {"alpha": 0.5}))
     assert "patches of any grid" in reason
+
+
+def test_gathering_on_sheets_is_what_loops_find():
+    """Base grid and crop grid apart, newlines as the crops' last column; every square's mean in its best place."""
+    params = {"keep": 0.5, "rates": "0.45,0.9", "side": 2.3}
+    trace, one = kept(params, subject("llava_next").samples[0], "llava_next")
+    score, side = one.memory["importance"][one.visual].tolist(), 2.3
+    n, (sheet, place) = one.total, (one.vision.sheet_of().tolist(), one.vision.place_of().tolist())
+    drop = round(n * 0.55)
+    low = sorted(range(n), key=lambda token: (score[token], -token))[: drop + int(n / side**2)]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for token in low:
+        row, column = place[token]
+        groups.setdefault((sheet[token], int(row // side), int(column // side)), []).append(token)
+    expected = {token: None for token in range(n) if token not in low}
+    for members in groups.values():
+        best = max(members, key=lambda token: (score[token], -token))
+        weight = torch.tensor([score[token] for token in members])[:, None].to(one.hidden)
+        expected[best] = (weight * one.hidden[one.visual[members]]).sum(0) / weight.sum()
+    tokens = trace.entering(0).samples[0]
+    assert tokens.origin[tokens.visual].tolist() == one.visual[sorted(expected)].tolist()
+    found = methods.build("vflowopt", params).reduce(one)
+    hidden = one.hidden[found.keep]
+    hidden[found.slots] = found.values
+    for token, mean in expected.items():
+        place_now = (found.keep == one.visual[token]).nonzero().item()
+        torch.testing.assert_close(hidden[place_now], one.hidden[one.visual[token]] if mean is None else mean)
+    assert len({sheet[token] for token in low}) == 2 and any(len(members) > 2 for members in groups.values())
+
+
+def test_every_row_of_the_map_is_priced():
+    """577 rows of 577 columns in LLaVA-1.5's tower, where FasterVLM reads one."""
+    dimensions = measure.dimensions_for("llava-1.5-7b")
+    lengths = lengths_of(dimensions)
+    for name, rows in (("vflowopt", 577), ("fastervlm", 1)):
+        (work,) = scoring(methods.build(name), dimensions, lengths)
+        assert work.macs == 1024 * 577 * rows
