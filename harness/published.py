@@ -85,8 +85,8 @@ def compare(table: str) -> list[Row]:
         model = load(ALIASES.get(row["model"], row["model"]))
         found = list(_lengths(model, row, ratios.get(_key(row)), video))
         for convention in CONVENTIONS_OF[row["metric"]].get(paper, ()):
-            if row["method"] == "flashattention2" and convention == "gsearch":
-                convention = "calflops-flash"
+            if row["method"] == "flashattention2":
+                convention = {"gsearch": "calflops-flash", "macs": "macs of calflops-flash"}.get(convention, convention)
             values = [
                 _value(row["metric"], model, lengths, convention, row["method"] == "flashattention2")
                 for lengths in found

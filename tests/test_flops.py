@@ -86,6 +86,7 @@ def test_every_published_table_is_reproduced_or_explained(table):
             "gsearch",
             "macs",
             "calflops-flash",
+            "macs of calflops-flash",
             "visual tokens",
             "as printed",
             "full heads, 16 bit, 10^6",
