@@ -28,8 +28,9 @@ from pruneval.harness.attention import Recorder, watching
 from pruneval.harness.errors import UserError
 from pruneval.harness.helper import Helping
 from pruneval.harness.layout import Layout, Trace
+from pruneval.harness.pixels import see
 from pruneval.harness.prefill import Prefill
-from pruneval.harness.tower import Towers
+from pruneval.harness.tower import Towers, override
 from pruneval.methods.base import Method
 
 _ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -87,6 +88,8 @@ class Session:
         helper = adapter.helper if any(need.helper for need in self.needs.values()) else None
         self.helping = None if helper is None else Helping(adapter, helper)
         self.towers = Towers(self)
+        self.resizing = method.resizing(self.shape)
+        self.kind = "image"
         self.recorder = Recorder()
         self.encoded: list[Encoding] = []
         self.vision_hidden: dict[int, Tensor] = {}
@@ -102,6 +105,9 @@ class Session:
         self.recorder = stack.enter_context(watching(self._watched()))
         adapter.attach(self._layouts, stack)
         self.towers.install(stack)
+        if self.resizing:
+            for tower in adapter.tower_modules:
+                override(tower, functools.partial(self._see, tower.forward), stack)
         for kind in ("get_image_features", "get_video_features"):
             self._wrap_encoder(kind, stack)
         pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
@@ -151,6 +157,8 @@ class Session:
         original = getattr(inner, name, None)
         if original is None:
             return
+        if self._looks_inside():
+            original = getattr(original, "uncached", original)
         signature = inspect.signature(original)
 
         @functools.wraps(original)  # generate reads the signature to know what to pass
@@ -162,7 +170,7 @@ class Session:
             self._pixels = None
             kind = name.removeprefix("get_").removesuffix("_features")
             arguments = signature.bind(*args, **kwargs).arguments
-            self.recorder.on = True
+            self.recorder.on, self.kind = True, kind
             self.towers.begin(kind, arguments)
             try:
                 out = original(*args, **kwargs)
@@ -182,6 +190,18 @@ class Session:
         before = vars(inner).get(name)  # somebody else's wrapper
         setattr(inner, name, encode)
         stack.callback(setattr, inner, name, before) if before is not None else stack.callback(delattr, inner, name)
+
+    def _see(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """A vision tower's output, of images that are scaled down."""
+        scale = functools.partial(self.method.at_pixels, self.shape)
+        name = next(iter(inspect.signature(forward).parameters))  # families pass pixels by position or by name
+        pixels = kwargs.pop(name) if name in kwargs else args[0]
+        return see(self.adapter, self.kind, scale, forward, pixels, *args[1:], **kwargs)
+
+    def _looks_inside(self) -> bool:
+        """Whether the method reads, or changes, what happens inside the vision tower."""
+        needs = self.needs.values()
+        return bool(self.towers.places) or any(need.vision or need.pixels or need.clip for need in needs)
 
     # What enters the model
 

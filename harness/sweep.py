@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from pruneval.harness.errors import UserError
 
 DESCRIPTION = """\
 Runs every cell of a study file: methods x budgets x models x benchmarks. Cells that are done are reused; a cell that
-fails is recorded and the sweep goes on; an interrupted sweep goes on where it stopped.
+fails is recorded and the sweep goes on; an interrupted sweep goes on where it stopped. Image features are computed once
+per batch and serve every method that prunes behind the vision tower.
 
 a study file:
   models: [pocket-llava]
@@ -37,6 +39,7 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs"), metavar="DIR", help="results folder (default: %(default)s)")
     add("--dry-run", action="store_true", help="print the cells and leave")
     add("--batch-size", type=int, default=8, metavar="B", help="changes no answer (default: 8)")
+    add("--no-reuse", action="store_true", help="compute the image features of every cell anew")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", help="float32, float16, bfloat16 (default: float32 on a CPU, else the model's own)")
 
@@ -80,13 +83,16 @@ def _tell(plan: Any, out: Path) -> None:
 def _run(plan: Any, args: argparse.Namespace) -> int:
     from pruneval.harness import models, run
     from pruneval.harness.progress import progress
+    from pruneval.harness.reuse import reusing
 
-    show, loaded = progress(), []
+    show, loaded, stack = progress(), [], ExitStack()
     device, dtype, kernel = models.resolve(plan.located.entry, args.device, args.dtype, None)
 
     def load() -> Any:
         if not loaded:
             loaded.append(models.load(plan.located, device, dtype, kernel))
+            if not args.no_reuse:
+                stack.enter_context(reusing(loaded[0].adapter))
         return loaded[0]
 
     failed = []

@@ -24,10 +24,8 @@ from pruneval.methods.base import Method, Needs, Reduction, Shape, Step
 class Shared:
     """What has been kept, by batch."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self) -> None:
         self.batch: Any = None
-        self.looks = False  # whether the method wants to see the tower at work
         self.depth = 0
         self.features: dict[Any, Any] = {}
         self.streams: dict[Any, Tensor] = {}
@@ -44,8 +42,6 @@ class Shared:
     def start(self, batch: Any, method: Method) -> Method:
         """Names the batch that is about to run, by anything hashable; the method to run it with."""
         self.batch = batch
-        needs = method.needs(self.shape).values()
-        self.looks = bool(method.encoding(self.shape)) or any(n.vision or n.pixels or n.clip for n in needs)
         return cast(Method, Replay(method, self)) if self.depth else method
 
 
@@ -55,7 +51,7 @@ def shared(adapter: Adapter) -> Iterator[Shared]:
 
     Features are not shared where the method reads what happens inside the vision tower.
     """
-    kept = Shared(adapter.shape)
+    kept = Shared()
     with ExitStack() as stack:
         inner = adapter.model.model
         for name in ("get_image_features", "get_video_features"):
@@ -71,13 +67,12 @@ def shared(adapter: Adapter) -> Iterator[Shared]:
 def _remembering(kept: Shared, name: str, original: Any) -> Any:
     @functools.wraps(original)
     def encode(*args: Any, **kwargs: Any) -> Any:
-        if kept.looks:
-            return original(*args, **kwargs)
         key = (kept.batch, name)
         if key not in kept.features:
             kept.features[key] = original(*args, **kwargs)
         return kept.features[key]
 
+    encode.uncached = original  # type: ignore[attr-defined]  # for methods that look into the tower
     return encode
 
 
