@@ -102,10 +102,12 @@ class Prompts:
         parts = list(zip(ids.tensor_split(cuts.cpu()), block.tensor_split(cuts.cpu()), strict=True))
         said = ["" if bool(flag[0]) else theirs.decode(part, skip_special_tokens=True) for part, flag in parts]
         head, tail = (plain(theirs, text) for text in template(self.target.processor))
-        said[0] = said[0].strip().removeprefix(head) if head else said[0]
-        said[-1] = said[-1].strip().removesuffix(tail) if tail else said[-1]
+        said[0] = said[0].lstrip().removeprefix(head).lstrip() if head else said[0]
+        said[-1] = said[-1].rstrip().removesuffix(tail).rstrip() if tail else said[-1]
         shown = [self._shown(part) if bool(flag[0]) else "" for part, flag in parts]
-        body = said + shown if question_first else [text for pair in zip(said, shown, strict=True) for text in pair]
+        body = [text for pair in zip(said, shown, strict=True) for text in pair]
+        if question_first:
+            body = ["".join(said).strip(), *shown]
         head, tail = template(self.helper.processor)
         made = torch.tensor(own(head + "".join(body) + tail)["input_ids"], device=ids.device)
         count, expected = int(self.helper.visual_mask(made).sum()), int(visual.sum())

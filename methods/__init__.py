@@ -38,6 +38,8 @@ METHODS = {  # name: class, in the module of the same name
     "vtw": "VTW",
     "rcom": "RCom",
     "sgp": "SGP",
+    "deco": "DeCo",
+    "tokenpacker": "TokenPacker",
     "gsearch": "GSearch",
     "psigmoid": "PSigmoid",
     "fitprune": "FitPrune",

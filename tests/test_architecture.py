@@ -69,7 +69,7 @@ def test_methods_know_torch_and_nothing_of_the_other_rooms(name):
     found = imports(MODULES[name])
     assert not {one for one in found if one.startswith("pruneval.") and not one.startswith("pruneval.methods")}
     outside = {one.split(".")[0] for one in found} - {"pruneval"} - set(sys.stdlib_module_names)
-    assert outside <= {"torch", "numpy"}
+    assert outside <= {"torch", "numpy", "safetensors"}
 
 
 @pytest.mark.parametrize("name", room("pruneval.reports"))

@@ -21,8 +21,9 @@ from pruneval.methods.base import Card, Method, MethodError, Needs, Reduction, S
 CLIP = ("trim", "cdpruner", "rcom")
 """Methods that need a text tower, which this model has not: their own tests do."""
 HELPED = ("sgp",)
-"""Methods that need a helper model: likewise."""
-EVERY = [name for name in methods.names() if name not in ("vanilla", *CLIP, *HELPED)]
+TRAINED = ("deco", "tokenpacker")
+"""Methods that need a helper model, or weights: likewise."""
+EVERY = [name for name in methods.names() if name not in ("vanilla", *CLIP, *HELPED, *TRAINED)]
 SAMPLES = (tiny.prompt(5, 7, 1, 1), tiny.prompt(3, 4, 2, 2), tiny.prompt(9, 3, 1, 3))
 NEW = 4
 
