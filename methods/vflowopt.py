@@ -21,13 +21,11 @@ was given, or as much more as `keep` takes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from pruneval.methods.base import (
-    Attention,
     Card,
     Method,
     MethodError,
@@ -40,9 +38,9 @@ from pruneval.methods.base import (
     torch,
 )
 from pruneval.methods.grids import images, places
+from pruneval.methods.importance import importance
 from pruneval.methods.recipe import numbers, read_recipe, searched_for
-
-TINY = 1e-12
+from pruneval.methods.recycle import filling, gather
 
 
 def mean_rate(rates: Sequence[float], layers: Sequence[int]) -> float:
@@ -172,92 +170,31 @@ class VFlowOpt(Method):
         if rate == 1:
             return None
         if step.layer == 0 and self.recycle != "none" and len(groups) == 1 and not step.clips:
-            found = self.gather(step, score, rate)
+            found = self._gather(step, score, left(len(score), rate))
         else:
             found = step.keep(torch.cat([each[strongest(score[each], left(len(each), rate))] for each in groups]))
+        if len(found.keep) == len(step.origin) and found.slots is None:
+            return None
         return replace(found, compact=step.layer == 0) if self.variant == "code" else found
+
+    def _gather(self, step: Step, score: torch.Tensor, count: int) -> Reduction:
+        order = torch.sort(score, descending=True, stable=True).indices
+        where = (places(step) / torch.tensor([1, self.side, self.side], device=order.device)).floor()
+        square = where.unique(dim=0, return_inverse=True)[1]
+        about = int(len(score) / self.side**2)
+        more = about if self.recycle == "about" else filling(square[order], len(score) - count)
+        if more is None:
+            return step.keep(order[:count])
+        return gather(step, score, square, max(0, count - more))
 
     def score(self, step: Step) -> torch.Tensor:
         """(N,) importance of the visual tokens, before the language model."""
-        view, cls = step.vision, int(step.shape.has_cls)
-        maps = [self.context(attention, cls) for attention in view.attention(step.shape.feature_layer)]
-        if self.alpha:
-            maps = [
-                one + self.alpha * entropy(pixels, len(one), self.variant == "code").softmax(0).to(one)
-                for one, pixels in zip(maps, view.pixels(), strict=True)
-            ]
-        return view.to_tokens(maps, fill=1.0)
-
-    def context(self, attention: Attention, cls: int) -> torch.Tensor:
-        """(P,) attention of a tile's cells from the trusted ones."""
-        cells = torch.arange(cls, attention.key.shape[1], device=attention.key.device)
-        received = attention.received(cells).mean(0)[cls:]
-        trusted = cells[received > self.trust * received.mean()]
-        if not len(trusted):
-            return received
-        mean = attention.received(trusted).mean(0)[cls:]
-        return mean * len(trusted) if self.variant == "paper" else mean
-
-    def gather(self, step: Step, score: torch.Tensor, rate: float) -> Reduction:
-        """The strongest tokens, and the others gathered in squares."""
-        order = torch.sort(score, descending=True, stable=True).indices
-        where = (places(step) / torch.tensor([1, self.side, self.side], device=order.device)).floor()
-        drop, square = len(score) - left(len(score), rate), where.unique(dim=0, return_inverse=True)[1][order]
-        more = int(len(score) / self.side**2) if self.recycle == "about" else filling(square, drop)
-        if more is None:
-            return step.keep(order[: len(score) - drop])
-        first = max(0, len(score) - drop - more)
-        others, (number, label) = order[first:], square[first:].unique(return_inverse=True)
-        hidden = step.hidden[step.visual[others]]
-        weight = score[others].clamp(min=TINY)
-        total = weight.new_zeros(len(number), 1 + hidden.shape[1])
-        total.index_add_(0, label, torch.cat([weight[:, None], weight[:, None] * hidden], dim=1))
-        best = torch.full_like(number, len(others)).scatter_reduce(
-            0, label, torch.arange(len(others), device=label.device), "amin"
-        )
-        several = torch.bincount(label, minlength=len(number)) > 1
-        keep = step.keep(torch.cat([order[:first], others[best]])).keep
-        slots = torch.searchsorted(keep, step.visual[others[best]][several])
-        return Reduction(keep, slots, (total[:, 1:] / total[:, :1])[several].to(step.hidden))
-
-
-def entropy(pixels: torch.Tensor, cells: int, wrapped: bool = False) -> torch.Tensor:
-    """(P,) Shannon entropy, in bits, of the grey values (256 bins) of a tile's cells, row by row.
-
-    Args:
-        pixels: (3, height, width) in [0, 1].
-        cells: P; the tile has as many rows as columns of them.
-        wrapped: whether channels are bytes of 255 (2x - 1), where negative ones wrap.
-    """
-    rows = math.isqrt(cells)
-    channels = ((2 * pixels.float() - 1) * 255).long() % 256 if wrapped else pixels.float() * 255
-    grey = channels.float().mean(0).round().long()
-    side, wide = grey.shape[0] // rows, grey.shape[1] // rows
-    patches = grey[: rows * side, : rows * wide].unflatten(0, (rows, side)).unflatten(2, (rows, wide))
-    patches = patches.transpose(1, 2).reshape(cells, side * wide)
-    counts = torch.zeros(cells, 256, device=grey.device).scatter_add_(1, patches, torch.ones_like(patches).float())
-    return torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1) / math.log(2)
+        return importance(step, self.trust, self.alpha, self.variant == "code")
 
 
 def left(n: int, rate: float) -> int:
     """Tokens left of n when the fraction `rate` stays; at least one."""
     return max(1, n - round(n * (1 - rate)))
-
-
-def filling(square: torch.Tensor, drop: int) -> int | None:
-    """How many more than `drop` of the last tokens fill exactly as many squares; None when no number does.
-
-    Args:
-        square: (n,) number of the square each token is in, the most important first.
-        drop: a number of tokens.
-    """
-    worst = square.flip(0).tolist()
-    filled = set(worst[:drop])
-    for more in range(len(worst) - drop + 1):
-        filled |= set(worst[: drop + more][-1:])
-        if len(filled) == more:
-            return more
-    return None
 
 
 def _pair(text: str) -> tuple[float, float] | None:

@@ -17,7 +17,9 @@ from pruneval.harness.session import pruned
 from pruneval.harness.subjects import subject, tiny
 from pruneval.methods import MethodError
 from pruneval.methods.budget import solve
-from pruneval.methods.vflowopt import RELEASED, entropy, filling, last_rate, left, mean_rate
+from pruneval.methods.importance import entropy
+from pruneval.methods.recycle import filling
+from pruneval.methods.vflowopt import RELEASED, last_rate, left, mean_rate
 
 LASTING = (9, 9, 10)
 MAP = [[0.1, 0.6, 0.2, 0.1], [0.2, 0.5, 0.2, 0.1], [0.1, 0.7, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]
@@ -313,3 +315,9 @@ def test_every_row_of_the_map_is_priced():
     for name, rows in (("vflowopt", 577), ("fastervlm", 1)):
         (work,) = scoring(methods.build(name), dimensions, lengths)
         assert work.macs == 1024 * 577 * rows
+
+
+def test_nothing_to_drop_is_nothing_to_do():
+    """Two tokens of which nine tenths stay, and no square to fill."""
+    method = methods.build("vflowopt", {"keep": 0.9, "rates": "0.95,0.95"})
+    assert method.reduce(alike([0.6, 0.4], (1, 2))) is None
