@@ -43,9 +43,9 @@ def declared(
 
 
 def _in_tower(method: Method, shape: Shape, whole: Lengths) -> tuple[Lengths, list[str]]:
-    """The vision lengths of a method that works inside the tower, and what of them is not declared."""
+    """The vision lengths of a method that works inside the tower or before it, and what of them is not declared."""
     places = method.encoding(shape)
-    if not places:
+    if not places and not method.resizing(shape):
         return whole, []
     tiles = sum(many for many, _ in whole.vision[0])
     cells = whole.patches // tiles
@@ -56,12 +56,13 @@ def _in_tower(method: Method, shape: Shape, whole: Lengths) -> tuple[Lengths, li
     except ValueError as error:
         return whole, [f"what leaves inside the vision tower, which is counted whole: {error}"]
     each = whole.projector // tiles
-    lost = cells + shape.has_cls - entering[-1] if each in (cells, cells + shape.has_cls) else 0
+    lost = cells + shape.has_cls - entering[-1] if places and each in (cells, cells + shape.has_cls) else 0
     fed = [
         entering[min(layer + (places.get(layer) == "attention"), len(entering) - 1)] for layer in range(len(entering))
     ]
     tower = tuple(((tiles, size),) for size in entering)
-    return replace(whole, vision=tower, fed=tuple(tiles * n for n in fed), projector=tiles * (each - lost)), []
+    lengths = replace(whole, vision=tower, fed=tuple(tiles * n for n in fed), projector=tiles * (each - lost))
+    return replace(lengths, patches=tiles * (entering[0] - shape.has_cls)), []
 
 
 def _decoded(method: Method, shape: Shape, lengths: Lengths) -> tuple[Lengths, list[str]]:

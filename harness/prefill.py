@@ -211,7 +211,7 @@ class Prefill:
             spans=self._spans[row],
             generator=lambda: session.generator(key, index),
             seen={layer: self._seen(layer, row) for layer in need.attention},
-            vision=self._visions[row] if need.vision or session.towers.places else None,
+            vision=self._visions[row] if need.vision or session.towers.places or session.resizing else None,
             clips=self._clips(row) if need.frames else (),
             clip=self._clip(row) if need.clip else None,
             upcoming=(lambda: self._sampled(upcoming(), row, tokens, self.stream)) if need.next else None,

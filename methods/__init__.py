@@ -18,6 +18,7 @@ METHODS = {  # name: class, in the module of the same name
     "random": "Random",
     "uniform": "Uniform",
     "avgpool": "AvgPool",
+    "resize": "Resize",
     "cls_topk": "ClsTopK",
     "fastervlm": "FasterVLM",
     "divprune": "DivPrune",

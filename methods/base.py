@@ -62,7 +62,7 @@ class Card:
 
     name: str
     title: str
-    seam: tuple[str, ...]  # where tokens go: "vision", "embed", "layer", "decode"
+    seam: tuple[str, ...]  # where tokens go: "pixels", "vision", "embed", "layer", "decode"
     summary: str
     paper: str = ""
     year: int | None = None
@@ -116,6 +116,17 @@ class Method:
     def reduce(self, step: Step) -> Reduction | None:
         """The stream that goes on, or None when nothing changes."""
         raise NotImplementedError
+
+    def resizing(self, shape: Shape) -> bool:
+        """Whether images are scaled down before the vision tower, as `at_pixels` says."""
+        return False
+
+    def at_pixels(self, shape: Shape, grid: tuple[int, int]) -> tuple[int, int]:
+        """The rows and columns of visual tokens to which a tile is scaled that has `grid` of them.
+
+        Behind the tower each of the tile's tokens is a copy of the nearest one; `reduce` must keep one of each.
+        """
+        return grid
 
     def encoding(self, shape: Shape) -> dict[int, Place]:
         """The vision tower's layers at which `at_encode` is called for every tile, ascending, and where: behind the

@@ -140,8 +140,11 @@ class AnyRes(Adapter):
         """The sheets of a video."""
         return (self.frame(),) * frames
 
+    def token_grid(self, kind: str) -> Size:
+        return self.frame().size if kind == "video" else self.grid
+
     def tile_tokens(self, kind: str, cells: int) -> int:
-        rows, columns = self.frame().size if kind == "video" else self.grid
+        rows, columns = self.token_grid(kind)
         return rows * columns
 
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:

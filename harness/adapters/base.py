@@ -6,6 +6,7 @@ That is where things are, and how the vision tower's view maps to the prompt's v
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -147,6 +148,23 @@ class Adapter(ABC):
     @abstractmethod
     def vision_layers(self) -> list[nn.Module]:
         """The encoder's layers, in order."""
+
+    @property
+    def tower_modules(self) -> list[nn.Module]:
+        """Each tower, called with pixels."""
+        return [self.vision_tower]
+
+    @property
+    def patching(self) -> tuple[int, int, int] | None:
+        """Of a tower that takes patches of images of any size: cells along a token's side, frames and pixels along the
+        side of a patch; None for towers that take tiles of one size.
+        """
+        return None
+
+    def token_grid(self, kind: str) -> tuple[int, int]:
+        """(rows, columns) of visual tokens that a tile becomes, where tiles have one size."""
+        side = math.isqrt(self.merge)
+        return self.grid[0] // side, self.grid[1] // side
 
     @property
     def towers(self) -> list[list[nn.Module]]:

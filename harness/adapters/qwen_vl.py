@@ -69,6 +69,11 @@ class QwenVL(Adapter):
         return []
 
     @property
+    def patching(self) -> tuple[int, int, int]:
+        vision = self.config.vision_config
+        return vision.spatial_merge_size, vision.temporal_patch_size, vision.patch_size
+
+    @property
     def projector(self) -> nn.Module:
         return self.vision_tower.merger
 

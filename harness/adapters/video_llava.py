@@ -46,6 +46,10 @@ class VideoLlava(Adapter):
         return [self.model.model.image_tower, self.model.model.video_tower]
 
     @property
+    def tower_modules(self) -> list[nn.Module]:
+        return [self.vision_tower, self.model.model.video_tower]
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of cells in a tile."""
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
