@@ -39,6 +39,7 @@ METHODS = {  # name: class, in the module of the same name
     "vtw": "VTW",
     "rcom": "RCom",
     "sgp": "SGP",
+    "ifprune": "IFPrune",
     "deco": "DeCo",
     "tokenpacker": "TokenPacker",
     "gsearch": "GSearch",

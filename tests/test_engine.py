@@ -20,7 +20,7 @@ from pruneval.methods.base import Card, Method, MethodError, Needs, Reduction, S
 
 CLIP = ("trim", "cdpruner", "rcom")
 """Methods that need a text tower, which this model has not: their own tests do."""
-HELPED = ("sgp",)
+HELPED = ("sgp", "ifprune")
 TRAINED = ("deco", "tokenpacker")
 """Methods that need a helper model, or weights: likewise."""
 EVERY = [name for name in methods.names() if name not in ("vanilla", *CLIP, *HELPED, *TRAINED)]

@@ -23,7 +23,8 @@ def test_cards_need_no_torch():
 def test_cards_and_parameters_are_complete(name):
     card, method = methods.card(name), methods.build(name)
     assert card.name == name and card.title and card.summary
-    assert bool(card.arxiv) == bool(card.paper) == bool(card.year)
+    assert bool(card.paper) == bool(card.year)
+    assert bool(card.arxiv) == bool(card.paper) or name == "ifprune"  # published without a preprint
     assert set(card.seam) <= {"pixels", "vision", "embed", "layer", "decode"}
     assert method.knob in method.params or name in ("vanilla", "gsearch", "tokenpacker")
     assert methods.build(name, {key: str(value) for key, value in method.params.items()}) == method
