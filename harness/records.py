@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 RECORD, SAMPLES, JOURNAL, LOCK = "record.json", "samples.parquet", "journal.jsonl", ".lock"
+CHECKSUM = "checksum"
+
+
+class StorageError(UserError):
+    """Results cannot be written: the disk is full, or the folder is not ours."""
 
 
 class RecordError(UserError):
@@ -83,7 +88,8 @@ def write_record(folder: Path, record: RunRecord, samples: pd.DataFrame | None =
         described = {"file": SAMPLES, "rows": len(samples), "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
         write_atomically(folder / SAMPLES, buffer.getvalue())
     record = RunRecord(**{**record.__dict__, "samples": described})
-    text = json.dumps(record.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    data = record.to_dict()
+    text = json.dumps({**data, CHECKSUM: _checksum(data)}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(folder / RECORD, text.encode())
     return record
 
@@ -104,6 +110,8 @@ def read_record(folder: Path) -> RunRecord | None:
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
         raise RecordError(f"the record {path} has schema {schema!r}; this version reads {SCHEMA}")
+    if data.pop(CHECKSUM, None) != _checksum(data):
+        raise RecordError(f"the record {path} was changed after it was written; delete it to run the cell again")
     try:
         record = RunRecord.from_dict(data)
     except (KeyError, TypeError) as error:
@@ -113,6 +121,12 @@ def read_record(folder: Path) -> RunRecord | None:
     if record.samples is not None:
         _verify(folder / record.samples["file"], record.samples["sha256"])
     return record
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """Of a record's content, as it is read back."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_samples(folder: Path, record: RunRecord) -> pd.DataFrame:
@@ -156,8 +170,7 @@ class Journal:
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add the rows of a batch; they are on the disk when this returns."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
+        with _writing(self.path), self.path.open("a+b") as file:
             end = file.seek(0, os.SEEK_END)
             if end:
                 file.seek(end - 1)
@@ -190,21 +203,32 @@ def claim(folder: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file appears whole or not at all, and is on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with _writing(path):
+        try:
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; what was finished is kept, make room and run it again"
+        ) from error
 
 
 def _verify(path: Path, expected: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneval.harness.errors import UserError
+from pruneval.harness.records import StorageError
 
 DESCRIPTION = """\
 Runs every cell of a study file: methods x budgets x models x benchmarks. Cells that are done are reused; a cell that
@@ -117,6 +118,8 @@ def _attempt(work: Callable[[], tuple[list[Any], list[Any]]]) -> str:
     """Why a cell is not done; empty when it is."""
     try:
         records, missed = work()
+    except StorageError:
+        raise
     except UserError as error:
         return str(error)
     except Exception as error:  # one cell's trouble is not the others'

@@ -80,4 +80,5 @@ class Evaluation:
                 for index in range(self.total)
             ]
         )
-        return SimpleNamespace(scores={benchmark.metric: {"value": 0.5, "n": self.total, "stderr": 0.1}}, samples=table)
+        scores = {benchmark.metric: {"value": 0.5, "n": self.total, "stderr": 0.1}}
+        return SimpleNamespace(scores=scores, samples=table, batch_size=None)

@@ -157,3 +157,22 @@ def test_lmms_eval_runs_the_model_by_its_entry_point(saved):
     assert answers == evaluate(loaded, method, row, limit=6).samples.answer.tolist()
     bare = evaluate(loaded, None, row, limit=6).samples.answer.tolist()
     assert answers != bare, "pruning must change something here"
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_so_are_those_after_it(monkeypatch):
+    from pruneval.harness.lmms_model import PrunevalModel
+
+    model, sizes = PrunevalModel.__new__(PrunevalModel), []
+    model.halved = None
+
+    def fits_three(batch, session):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(batch)
+
+    monkeypatch.setattr(model, "_generate", fits_three)
+    with pytest.warns(UserWarning, match="does not fit into memory"):
+        assert model._answer(list(range(8)), None) == list(range(8))
+    assert model._answer(list(range(4)), None) == list(range(4))
+    assert (sizes, model.halved) == ([8, 4, 2, 2, 2, 2, 2, 2], 2)

@@ -117,13 +117,24 @@ def test_an_unfinished_cell_has_no_record(tmp_path):
             lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 9')),
             "schema 9",
         ),
-        ("record.json", lambda path: path.write_text(path.read_text().replace('"layer": 2', '"layer": 3')), "belongs"),
-        ("record.json", lambda path: path.write_text(path.read_text().replace('"dtype"', '"type"')), "incomplete"),
+        (
+            "record.json",
+            lambda path: path.write_text(path.read_text().replace('"layer": 2', '"layer": 3')),
+            "was changed",
+        ),
+        (
+            "record.json",
+            lambda path: path.write_text(path.read_text().replace('"value": 0', '"value": 1')),
+            "was changed",
+        ),
+        ("record.json", lambda path: path.write_text(path.read_text().replace('"dtype"', '"type"')), "was changed"),
+        ("record.json", lambda path: path.parent.rename(path.parent.with_name("f" * 16)), "belongs"),
     ],
 )
 def test_damage_is_noticed(tmp_path, name, damage, words):
     folder = written(tmp_path)
     damage(folder / name)
+    (folder,) = tmp_path.iterdir()
     with pytest.raises(RecordError, match=words):
         read_record(folder)
 
@@ -136,7 +147,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(records.os, "fsync", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(records.StorageError, match="disk full"):
         records.write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 

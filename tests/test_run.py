@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -170,3 +171,36 @@ def test_a_record_is_valid_json_with_every_part(tmp_path):
     assert set(data["timing"]) == {"started", "seconds", "resumed"}
     assert {"python", "packages", "commit", "platform", "gpu", "driver"} <= set(data["environment"])
     assert data["spec"]["data"]
+
+
+def test_a_full_disk_stops_with_a_line_and_nothing_half_written(tmp_path, monkeypatch):
+    from pruneval.harness import records
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    journal = records.Journal(tmp_path / "cell")
+    journal.append([{"key": "a"}])
+    monkeypatch.setattr(records.os, "fsync", full)
+    with pytest.raises(records.StorageError, match="No space left on device; what was finished is kept"):
+        records.write_atomically(tmp_path / "record.json", b"{}")
+    with pytest.raises(records.StorageError):
+        journal.append([{"key": "b"}])
+    assert [path.name for path in tmp_path.iterdir()] == ["cell"]
+
+
+def test_the_first_interrupt_waits_for_the_batch_and_the_second_does_not(capsys):
+    from pruneval.harness import interrupt
+
+    with interrupt.graceful():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.obey()
+        interrupt.obey()  # once is enough
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.obey()
+    assert "stopping behind this batch" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
