@@ -40,8 +40,12 @@ MODULES = {  # commands with a module of their own, imported when the command is
     "measure": ("pruneval.harness.measure", "what a method costs on a model, computed from dimensions"),
     "bench": ("pruneval.harness.bench", "time and memory of methods beside vanilla, measured in turns"),
     "sweep": ("pruneval.harness.sweep", "run a study: many methods, budgets, models and benchmarks"),
+    "data": ("pruneval.harness.data_command", "the benchmarks' data: what is here, what is missing, fetching it"),
+    "runs": ("pruneval.harness.runs", "list, show, compare and clear the cells of a results folder"),
     "search": ("pruneval.harness.search.command", "find a method's strategy on calibration samples"),
     "report": ("pruneval.reports.command", "print the tables of a results folder"),
+    "analyze": ("pruneval.harness.analyze", "how a model's layers rank visual tokens and attend to them"),
+    "show": ("pruneval.harness.show", "draw which patches of an image a run kept"),
     "check": ("pruneval.harness.check", "prove the engine's promises for a method on a model"),
 }
 
@@ -97,6 +101,9 @@ def parser(command: str = "") -> argparse.ArgumentParser:
         metavar="N",
         help="beam search (default: as the benchmark's task says)",
     )
+    add("--frames", type=_whole("--frames"), default=8, metavar="N", help="of each video, evenly spaced (default: 8)")
+    add("--data-root", type=Path, metavar="DIR", help="benchmarks' data (default: PRUNEVAL_DATA or ~/.cache/pruneval)")
+    add("--dry-run", action="store_true", help="say what would run, and what it would need")
     add("--kernel", help="attention: sdpa, eager, flash_attention_2 (default: sdpa)")
     add("--seed", type=_whole("--seed", 0), default=0, metavar="S", help="of methods that draw at random (default: 0)")
 
@@ -174,13 +181,14 @@ def _log(out: Path) -> str:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from pruneval.harness import budgets, dimensions, models, run
+    from pruneval.harness import budgets, data_command, dimensions, models, plan, run
     from pruneval.harness.search import recipe
     from pruneval.tasks import benchmark, suite
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that spin while they wait make a small model many times slower on a machine that has other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    data_command.use_root(args)
     names = list(dict.fromkeys(args.benchmark or suite(args.suite or "pocket")))
     for name in names:
         benchmark(name)
@@ -202,8 +210,12 @@ def _eval(args: argparse.Namespace) -> int:
     if args.method != "vanilla":
         built.insert(0, run.build_method("vanilla"))
     cells = run.expand(
-        located, built, names, limit=args.limit, seed=args.seed, dtype=dtype, kernel=kernel, num_beams=args.num_beams
-    )
+        located, built, names, limit=args.limit, seed=args.seed, dtype=dtype, kernel=kernel, num_beams=args.num_beams,
+        frames=args.frames,
+    )  # fmt: skip
+    if args.dry_run:
+        print("\n".join(plan.plan(cells, args.out)))
+        return 0
     records, missed = run.run_cells(
         cells, args.out, lambda: models.load(located, device, dtype, kernel), batch_size=args.batch_size
     )
