@@ -139,6 +139,8 @@ class Questions:
 
         Raises: UserError when it can't be known.
         """
+        if self._tower is None:
+            raise RuntimeError("no text tower was asked for")
         if text is None:
             if self._processor is None:
                 raise UserError("this method reads the question: give adapter_for the processor, or session.questions")

@@ -93,7 +93,7 @@ def greedy(tokens: torch.Tensor, relevance: torch.Tensor, count: int) -> torch.T
     unit = torch.nn.functional.normalize(precise, dim=-1) * relevance[:, None].to(precise)
     gain = relevance.to(precise).square() * unit.any(-1)  # how much larger det(L) would be with the token
     floor, free = gain * 8 * torch.finfo(gain.dtype).eps, torch.ones_like(gain, dtype=torch.bool)
-    explained, picked = unit.new_empty(count, len(unit)), []
+    explained, picked = unit.new_empty(count, len(unit)), list[int]()
     for turn in range(count):
         best = gain.masked_fill(~free | (gain <= floor), -1).argmax()
         if not bool(free[best] & (gain[best] > floor[best])):

@@ -250,9 +250,9 @@ class Step:
     spans: tuple[tuple[int, int], ...]
     generator: Callable[[], torch.Generator]
     seen: Mapping[int, Attention] = field(default_factory=dict)
-    vision: Vision | None = None
+    vision: Vision = None  # type: ignore[assignment]  # there when needs() asks for it, like `clip`
     clips: Sequence[Tensor] = ()
-    clip: Clip | None = None
+    clip: Clip = None  # type: ignore[assignment]
     upcoming: Callable[[], Attention] | None = None
     helping: Callable[[], Helper] | None = None
     memory: dict[str, Any] = field(default_factory=dict)

@@ -266,15 +266,16 @@ class Adapter(ABC):
 
         Raises: UserError when it can't be loaded or belongs to another vision tower.
         """
-        if not isinstance(self.clip, TextTower):
-            self.clip = TextTower.load(self.clip)
+        if self.clip is None:
+            raise UserError(self.text_reason())
+        tower = self.clip = self.clip if isinstance(self.clip, TextTower) else TextTower.load(self.clip)
         width = self.config.vision_config.hidden_size
-        if self.clip.width != width:
+        if tower.width != width:
             raise UserError(
-                f"the text tower belongs to a vision tower of width {self.clip.width}, this model's has {width}"
+                f"the text tower belongs to a vision tower of width {tower.width}, this model's has {width}"
             )
         dtype = torch.promote_types(torch.float32, self.model.dtype)
-        return self.clip.to(self.model.device, dtype)
+        return tower.to(self.model.device, dtype)
 
     @abstractmethod
     def visions(self, placeholders: list[Tensor], encodings: list[Encoding]) -> list[Any]:
