@@ -49,6 +49,7 @@ class PruMerge(Method):
         repository="42Shawn/LLaVA-PruMerge",
         commit="097c041",
         merges=True,
+        reorders=True,
     )
     positions: ClassVar[Positions] = "compact"
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {

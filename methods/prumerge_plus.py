@@ -36,6 +36,7 @@ class PruMergePlus(PruMerge):
         repository="42Shawn/LLaVA-PruMerge",
         commit="097c041",
         merges=True,
+        reorders=True,
     )
 
     def select(self, weight: torch.Tensor, count: int | None) -> torch.Tensor:
