@@ -8,6 +8,7 @@ Full editions are folders `<root>/<data set's id>`, laid out as on the hub: what
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -19,15 +20,6 @@ from pruneval.tasks import Benchmark
 
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".avi", ".mov", ".webm")
 SHARD = re.compile(r"^(.*)-(\d{5})-of-(\d{5})(.*)$")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A data set's folder."""
-
-    folder: Path
-    revision: str
-    """The hub's commit; "local" where nothing says which it is."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +38,27 @@ def root() -> Path:
     return Path(base) if base else Path.home() / ".cache" / "pruneval"
 
 
-def locate(benchmark: Benchmark) -> Found | None:
+def locate(benchmark: Benchmark) -> Path | None:
     """The folder of a full edition's data set, if it is on this machine."""
     folder = root() / benchmark.dataset
     if folder.is_dir():
-        return Found(folder, _downloaded(folder) or "local")
+        return folder
     if not benchmark.hub:
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        cached = snapshot_download(
-            benchmark.dataset, repo_type="dataset", revision=benchmark.revision or None, local_files_only=True
+        return Path(
+            snapshot_download(
+                benchmark.dataset, repo_type="dataset", revision=benchmark.revision or None, local_files_only=True
+            )
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
         return None
-    return Found(Path(cached), Path(cached).name)
 
 
-def require(benchmark: Benchmark) -> Found:
+def require(benchmark: Benchmark) -> Path:
     """The folder of a full edition's data set. Raises: UserError with what to do when it is not there."""
     found = locate(benchmark)
     if found is not None:
@@ -81,20 +74,43 @@ def require(benchmark: Benchmark) -> Found:
 
 
 def revision(benchmark: Benchmark) -> str:
-    """What a record says about its questions: for a pocket edition the hash of the code that draws it."""
+    """What a record says about its questions: the hub's commit, "local" where nothing says which it is; for a pocket
+    edition the hash of the code that draws it.
+    """
     if benchmark.edition == "pocket":
         from pruneval.tasks.pocket import editions
 
         return editions.root().name
-    found = locate(benchmark)
-    return found.revision if found else benchmark.revision
+    folder = locate(benchmark)
+    if folder is None:
+        return benchmark.revision
+    # A folder of the hub's cache is named after the commit.
+    return (_downloaded(folder) or "local") if root() in folder.parents else folder.name
 
 
 def source(benchmark: Benchmark, place: int = 0) -> Source:
     """The table of questions of a benchmark's part. Raises: UserError when it is not there."""
     if benchmark.edition == "pocket":
         return _pocket(benchmark, benchmark.split if not benchmark.parts else benchmark.parts[place])
+    if benchmark.questions:
+        path = require(benchmark) / benchmark.questions
+        if not path.is_file():
+            raise UserError(f"benchmark {benchmark.name!r}: {path} is missing")
+        answers(benchmark)
+        return Source("json", [str(path)])
     return _files(benchmark, benchmark.configs[place], benchmark.split)
+
+
+def answers(benchmark: Benchmark) -> list[dict[str, Any]]:
+    """The rows of a benchmark's file of answers. Raises: UserError."""
+    path = require(benchmark) / benchmark.answers
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not all("answer" in row for row in rows):
+            raise ValueError("not a list of answers")
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"benchmark {benchmark.name!r}: {path} cannot be read ({error})") from error
+    return rows
 
 
 def image_table(benchmark: Benchmark) -> Source:
@@ -105,9 +121,9 @@ def image_table(benchmark: Benchmark) -> Source:
     return _files(benchmark, benchmark.images[0], benchmark.split)
 
 
-def video_of(row: dict[str, Any], *_: Any, benchmark: Benchmark, place: int = 0, **__: Any) -> list[str]:
+def video_of(row: dict[str, Any], *_: Any, benchmark: Benchmark, place: int, folder: Path) -> list[str]:
     """A question's video file, as lmms-eval's `doc_to_visual` answers. Raises: FileNotFoundError."""
-    stem = video_folder(benchmark) / benchmark.video_path(row, place)
+    stem = folder / benchmark.video_path(row, place)
     for path in (stem, *(stem.with_name(stem.name + suffix) for suffix in VIDEO_SUFFIXES)):
         if path.is_file():
             return [str(path)]
@@ -120,7 +136,7 @@ def video_folder(benchmark: Benchmark) -> Path:
         from pruneval.tasks.pocket import editions
 
         return editions.ensure(benchmark.dataset)
-    return require(benchmark).folder
+    return require(benchmark)
 
 
 def _pocket(benchmark: Benchmark, table: str) -> Source:
@@ -135,7 +151,7 @@ def _files(benchmark: Benchmark, config: str, split: str) -> Source:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    folder = require(benchmark).folder
+    folder = require(benchmark)
     try:
         builder = datasets.load_dataset_builder(str(folder), config or None)
         files = [str(file) for file in builder.config.data_files[split]]
@@ -153,15 +169,9 @@ def _files(benchmark: Benchmark, config: str, split: str) -> Source:
 
 def _missing_shards(files: list[Path]) -> list[str]:
     """The names of shards that the others' names promise."""
-    present = {file.name for file in files}
-    wanted: set[str] = set()
-    for name in present:
-        if match := SHARD.match(name):
-            stem, _, count, rest = match.groups()
-            wanted.update(f"{stem}-{i:05d}-of-{count}" for i in range(int(count)))
-            present.add(name.removesuffix(rest)) if rest else None
-    shards = {match.group(0).removesuffix(match.group(4)) for name in present if (match := SHARD.match(name))}
-    return sorted(wanted - shards)
+    shards = [match for file in files if (match := SHARD.match(file.name))]
+    wanted = {f"{shard[1]}-{i:05d}-of-{shard[3]}" for shard in shards for i in range(int(shard[3]))}
+    return sorted(wanted - {f"{shard[1]}-{shard[2]}-of-{shard[3]}" for shard in shards})
 
 
 def _downloaded(folder: Path) -> str:

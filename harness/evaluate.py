@@ -15,6 +15,7 @@ from pruneval.harness.guards import refuse
 from pruneval.harness.judge import configured, judging, lacking
 from pruneval.harness.lmms_task import build_tasks, quiet, whole_groups
 from pruneval.harness.outcome import Outcome, Part, outcome
+from pruneval.harness.spec import FRAMES
 from pruneval.tasks import Benchmark
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 8,
     num_beams: int | None = None,
+    frames: int = FRAMES,
     journal: Journal | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Outcome:
@@ -41,6 +43,7 @@ def evaluate(
         limit: the first so many questions; rows that are scored together (MME's pairs) stay together.
         batch_size: samples per `generate`.
         num_beams: beams of the search, or None for what the task says.
+        frames: of each video.
         journal: where answers go after every batch; answers already there are not generated again.
         on_progress: called as (done, total).
 
@@ -60,7 +63,14 @@ def evaluate(
 
         tasks = build_tasks(benchmark)
         lm = PrunevalModel(
-            loaded, method, batch_size, seed, num_beams=num_beams, journal=journal, on_progress=on_progress
+            loaded,
+            method,
+            batch_size,
+            seed,
+            num_beams=num_beams,
+            frames=frames,
+            journal=journal,
+            on_progress=on_progress,
         )
         with tempfile.TemporaryDirectory(prefix="pruneval-") as folder:
             # A folder of its own: some tasks would take the judged answers they find there for this run's.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pruneval.harness.errors import UserError
-from pruneval.harness.judge import marked
+from pruneval.harness.judge import ask, marked
 from pruneval.tasks import Benchmark
 
 WITHOUT_MEANING = ("pope_yes_ratio",)
@@ -120,6 +120,12 @@ def _mvbench(config: dict[str, Any], benchmark: Benchmark) -> None:
     metric["aggregation"] = aggregation
 
 
+def _video_qa(config: dict[str, Any], benchmark: Benchmark) -> None:
+    """Not a repair: our own tasks are told whom to ask."""
+    if benchmark.judge:
+        config["process_results"].__globals__["ask_judge"] = ask
+
+
 _MENDED: dict[str, Callable[[dict[str, Any], Benchmark], None]] = {
     "mathvista_testmini_cot": _mathvista,
     "hallusion_bench_image": _hallusionbench,
@@ -127,4 +133,7 @@ _MENDED: dict[str, Callable[[dict[str, Any], Benchmark], None]] = {
     "mmbench_cn_dev": _mmbench,
     "mmvet": _mmvet,
     "mvbench_": _mvbench,
+    "tgif_qa": _video_qa,
+    "msvd_qa": _video_qa,
+    "msrvtt_qa": _video_qa,
 }

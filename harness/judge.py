@@ -168,3 +168,20 @@ def marked(ask: Callable[..., tuple[str, str]]) -> Callable[..., tuple[str, str]
         raise JudgeFailure(f"the judge gave {TRIES} times no mark from 0 to 1 (the last: {content[:40]!r})")
 
     return asked
+
+
+def ask(messages: list[dict[str, str]], readable: Callable[[str], bool]) -> str:
+    """The judge's reply to messages, through lmms-eval's judge layer; inside `judging` only.
+
+    Raises:
+        JudgeFailure: no readable reply.
+    """
+    from lmms_eval.llm_judge import Request, ServerConfig, get_server
+
+    config = ServerConfig(model_name=os.environ["MODEL_VERSION"], temperature=0.0, max_tokens=64)
+    server = get_server(server_name="openai", config=config)
+    for _ in range(TRIES):
+        content = str(server.evaluate(Request(messages=messages, config=config)).content)
+        if readable(content):
+            return content
+    raise JudgeFailure(f"the judge gave {TRIES} times no verdict that can be read (the last: {content[:40]!r})")

@@ -7,10 +7,9 @@ Used by `harness/evaluate.py`, and by lmms-eval's own command line through the e
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +17,21 @@ from typing import Any, Protocol
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import Image
 
 from pruneval.harness.errors import SampleFailure, UserError
-
-MAX_NEW_TOKENS = 1024
-"""Where a task sets no limit; the same figure as lmms-eval's own wrappers use."""
+from pruneval.harness.generation import (
+    MAX_NEW_TOKENS,
+    batches,
+    budget_of,
+    digest,
+    generation_arguments,
+    one_line,
+    picture_digest,
+    positive,
+)
+from pruneval.harness.spec import FRAMES
+from pruneval.harness.video import Clip, read
 
 
 class Journal(Protocol):
@@ -45,7 +54,7 @@ class _Request:
     @property
     def digest(self) -> str:
         """What the answer in a journal must have been an answer to."""
-        return _digest(self.context + json.dumps(self.options, sort_keys=True, default=str))
+        return digest(self.context + json.dumps(self.options, sort_keys=True, default=str))
 
 
 def manifest():
@@ -66,6 +75,7 @@ class PrunevalModel(lmms):
         device, dtype, kernel: used when `pretrained` is loaded here.
         max_new_tokens: for tasks that set none.
         num_beams: beams of the search; None leaves it to the task.
+        frames: of each video, evenly spaced.
         journal: answers already there are not generated again; new ones are appended after every batch.
         on_progress: called as (done, total) after every batch.
         params: the method's parameters, when `method` is a name.
@@ -84,6 +94,7 @@ class PrunevalModel(lmms):
         kernel: str | None = None,
         max_new_tokens: int = MAX_NEW_TOKENS,
         num_beams: int | None = None,
+        frames: int | str = FRAMES,
         max_batch_size: int | None = None,
         journal: Journal | None = None,
         on_progress: Callable[[int, int], None] | None = None,
@@ -102,10 +113,11 @@ class PrunevalModel(lmms):
             raise UserError(f"parameters {sorted(params)} were given, but no method's name")
         self.loaded = pretrained
         self.method = method
-        self.batch_size = _positive(batch_size)
+        self.batch_size = positive(batch_size, "batch size")
         self.seed = int(seed)
         self.max_new_tokens = int(max_new_tokens)
         self.num_beams = int(num_beams) if num_beams else None
+        self.frames = positive(frames, "the number of frames")
         self.journal = journal
         self.on_progress = on_progress or (lambda done, total: None)
         self.rows: dict[str, dict[str, Any]] = {}
@@ -126,7 +138,7 @@ class PrunevalModel(lmms):
         self.on_progress(done, len(asked))
         if waiting:
             with self._session() as session:
-                for batch in _batches(waiting, self.batch_size):
+                for batch in batches(waiting, self.batch_size):
                     rows = self._answer(batch, session)
                     self.rows.update((row["key"], row) for row in rows)
                     if self.journal is not None:
@@ -148,7 +160,7 @@ class PrunevalModel(lmms):
 
     def prompts(self, requests: list[Instance]) -> list[str]:
         """The exact text the processor gets for each request."""
-        return [self._encode([self._request(instance)])[0][0] for instance in requests]
+        return [self._encode([self._request(instance)], decode=False)[0][0] for instance in requests]
 
     def _request(self, instance: Instance) -> _Request:
         context, build, options, doc_id, task, split = instance.args
@@ -172,8 +184,8 @@ class PrunevalModel(lmms):
             raise
         except Exception as error:
             if len(batch) == 1:
-                raise SampleFailure(batch[0].key, _one_line(error)) from error
-            reason = _one_line(error)
+                raise SampleFailure(batch[0].key, one_line(error)) from error
+            reason = one_line(error)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         rows = [row for request in batch for row in self._answer([request], session)]
@@ -181,7 +193,7 @@ class PrunevalModel(lmms):
         return rows
 
     def _generate(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
-        texts, pictures = self._encode(batch)
+        texts, pictures, clips = self._encode(batch)
         tokenizer = self.loaded.processor.tokenizer
         inputs = self.loaded.processor(
             images=[image for each in pictures for image in each] or None,
@@ -189,6 +201,7 @@ class PrunevalModel(lmms):
             padding=True,
             padding_side="left",
             return_tensors="pt",
+            **self._videos([clip for each in clips for clip in each]),
         ).to(self.loaded.device, self.loaded.model.dtype)
         if session is not None:
             session.sample_keys = [request.key for request in batch]
@@ -200,106 +213,49 @@ class PrunevalModel(lmms):
         with torch.inference_mode():
             output = self.loaded.model.generate(**inputs, **arguments, pad_token_id=pad)
         answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        budgets = [_budget(session, b) for b in range(len(batch))]
+        budgets = [budget_of(session, b) for b in range(len(batch))]
         return [
             {
                 "key": request.key,
                 "doc_id": request.doc_id,
                 "request": request.digest,
                 "prompt": text,
-                "prompt_hash": _digest(text),
+                "prompt_hash": digest(text),
                 "answer": answer,
-                "image": _picture(images),
+                "image": picture_digest([*images, *(Image.fromarray(one) for clip in films for one in clip.frames)]),
                 **budget,
             }
-            for request, text, images, answer, budget in zip(batch, texts, pictures, answers, budgets, strict=True)
+            for request, text, images, films, answer, budget in zip(
+                batch, texts, pictures, clips, answers, budgets, strict=True
+            )
         ]
 
-    def _encode(self, batch: list[_Request]) -> tuple[list[str], list[list[Any]]]:
-        """Chat texts of a batch and each one's images, in the order of their placeholders."""
+    def _videos(self, clips: list[Clip]) -> dict[str, Any]:
+        """The processor's arguments for sampled videos; none where there are no videos."""
+        if not clips:
+            return {}
+        if getattr(self.loaded.processor, "video_processor", None) is None:
+            raise UserError(f"model {self.loaded.entry.name!r} takes no videos")
+        metadata = [clip.metadata for clip in clips]
+        return {"videos": [clip.frames for clip in clips], "do_sample_frames": False, "video_metadata": metadata}
+
+    def _encode(
+        self, batch: list[_Request], decode: bool = True
+    ) -> tuple[list[str], list[list[Any]], list[list[Clip]]]:
+        """Chat texts of a batch and each one's images and videos, in the order of their placeholders."""
         from lmms_eval.protocol import ChatMessages
 
-        texts, images = [], []
+        texts, images, films = [], [], []
         for request in batch:
             chat = ChatMessages(messages=request.messages())
             pictures, videos, sounds = chat.extract_media()
-            if videos or sounds:
-                raise UserError(f"sample {request.key} holds video or sound; only images are supported")
+            if sounds:
+                raise UserError(f"sample {request.key} holds sound; only images and videos are supported")
             texts.append(
                 self.loaded.processor.apply_chat_template(
                     chat.model_dump()["messages"], tokenize=False, add_generation_prompt=True
                 )
             )
             images.append(pictures)
-        return texts, images
-
-
-def generation_arguments(options: Mapping[str, Any], max_new_tokens: int = MAX_NEW_TOKENS) -> dict[str, Any]:
-    """A task's `generation_kwargs` as arguments of `generate`: greedy unless the task asks for a temperature.
-
-    Only what `generate` knows is passed on. `until` is not applied, as in lmms-eval's own chat wrapper.
-    """
-    temperature = options.get("temperature") or 0
-    sampling = {"temperature": temperature, "top_p": options.get("top_p")} if temperature > 0 else {}
-    return {
-        "do_sample": temperature > 0,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
-        **sampling,
-        "num_beams": options.get("num_beams") or 1,
-        "max_new_tokens": options.get("max_new_tokens") or max_new_tokens,
-    }
-
-
-def _batches(requests: list[_Request], size: int) -> Iterator[list[_Request]]:
-    """Requests with equal options together, the longest first (so that memory runs out early if at all)."""
-    groups: dict[str, list[_Request]] = {}
-    for request in requests:
-        groups.setdefault(json.dumps(request.options, sort_keys=True, default=str), []).append(request)
-    for group in groups.values():
-        group.sort(key=lambda request: (-len(request.context), request.doc_id))
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def _budget(session: Any, sample: int) -> dict[str, float | None]:
-    if session is None:
-        return dict.fromkeys(("visual_tokens", "avg_in", "kept_after", "final", "keep"))
-    budget = session.trace.budget(sample)
-    return {
-        "visual_tokens": int(budget.visual),
-        "avg_in": float(budget.avg_in),
-        "kept_after": float(budget.kept_after),
-        "final": float(budget.final),
-        "keep": float(budget.keep),
-    }
-
-
-def _positive(batch_size: int | str) -> int:
-    try:
-        size = int(batch_size)
-    except ValueError:
-        raise UserError(f"batch size must be a whole number, not {batch_size!r}") from None
-    if size < 1:
-        raise UserError(f"batch size must be at least 1, not {size}")
-    return size
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
-
-
-def _picture(images: list[Any]) -> str | None:
-    """The same text for questions about the same pixels, whose answers are not independent; None without an image."""
-    if not images:
-        return None
-    found = hashlib.sha256()
-    for image in images:
-        found.update(f"{image.mode}{image.size}".encode())
-        found.update(image.tobytes())
-    return found.hexdigest()[:16]
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+            films.append([read(path, self.frames) for path in videos] if decode else [])
+        return texts, images, films

@@ -96,14 +96,20 @@ def _config(benchmark: Benchmark, place: int) -> dict[str, Any]:
     source = data.source(benchmark, place)
     config["dataset_path"], config["dataset_name"] = source.builder, None
     config["dataset_kwargs"] = {"data_files": {benchmark.split: source.files}, **source.cache}
-    steps = [_only, _together] if benchmark.images is None else [_join_images, _only, _together]
+    steps = [_only, _together]
+    if benchmark.images is not None:
+        steps.insert(0, _join_images)
+    if benchmark.answers and benchmark.edition == "full":
+        steps.insert(0, _join_answers)
     own = config.get("process_docs") if benchmark.images is None else None
     config["process_docs"] = functools.partial(_processed, own=own, steps=steps, benchmark=benchmark)
     if benchmark.prompt:
         kwargs = dict(config.get("lmms_eval_specific_kwargs") or {})
         config["lmms_eval_specific_kwargs"] = {**kwargs, "default": {**kwargs.get("default", {}), **benchmark.prompt}}
     if benchmark.videos:
-        config["doc_to_visual"] = functools.partial(data.video_of, benchmark=benchmark, place=place)
+        config["doc_to_visual"] = functools.partial(
+            data.video_of, benchmark=benchmark, place=place, folder=data.video_folder(benchmark)
+        )
     guards.mend(config, benchmark)
     return config
 
@@ -155,6 +161,22 @@ def _join_images(questions: Any, benchmark: Benchmark) -> Any:
     position = {value: index for index, value in enumerate(images[identity])}
     picked = images.select([position[value] for value in questions[key]]).select_columns(["image"])
     return datasets.concatenate_datasets([questions, picked.flatten_indices()], axis=1)
+
+
+def _join_answers(questions: Any, benchmark: Benchmark) -> Any:
+    """Give each question its answer: by `question_id` where answers have one, else by position."""
+    rows = data.answers(benchmark)
+    if len(rows) != len(questions):
+        raise UserError(f"benchmark {benchmark.name!r}: {len(questions)} questions and {len(rows)} answers")
+    if all("question_id" in row for row in rows):
+        known = {str(row["question_id"]): row["answer"] for row in rows}
+        try:
+            found = [known[str(identity)] for identity in questions["question_id"]]
+        except KeyError as error:
+            raise UserError(f"benchmark {benchmark.name!r}: question {error} has no answer") from None
+    else:
+        found = [row["answer"] for row in rows]
+    return questions.add_column("answer", [str(answer) for answer in found])
 
 
 def _hidden(bar: Callable, *args: Any, **options: Any) -> Any:

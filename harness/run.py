@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pruneval import methods
-from pruneval.harness import data, models
+from pruneval.harness import data, judge, models
 from pruneval.harness.environment import environment
 from pruneval.harness.errors import SampleFailure, UserError, unknown
 from pruneval.harness.progress import Progress, progress
 from pruneval.harness.records import Journal, RecordError, RunRecord, claim, read_record, write_record
-from pruneval.harness.spec import RunSpec, code_version
+from pruneval.harness.spec import FRAMES, RunSpec, code_version, sampling
 from pruneval.tasks import Benchmark, benchmark
 
 FILES = ("recipe", "checkpoint")
@@ -37,6 +37,8 @@ class Cell:
     spec: RunSpec
     method: methods.Method
     benchmark: Benchmark
+    frames: int = FRAMES
+    """Of each video."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,11 @@ def expand(
     dtype: str = "float32",
     kernel: str = "sdpa",
     num_beams: int | None = None,
+    frames: int = FRAMES,
 ) -> list[Cell]:
     """One cell per method and benchmark, benchmarks outermost."""
     cells = []
-    built = list(built)
+    built, asked = list(built), judge.configured()
     for name in benchmarks:
         row = benchmark(name)
         for method in built:
@@ -91,8 +94,10 @@ def expand(
                 positions=method.position_ids,
                 prompt_key="pruneval",
                 version=code_version(),
+                frames=sampling(frames) if row.videos else "",
+                judge=asked.name if row.judge and asked else "",
             )
-            cells.append(Cell(spec, method, row))
+            cells.append(Cell(spec, method, row, frames))
     return cells
 
 
@@ -156,7 +161,12 @@ def run_cells(
                     show.say(f"{title}: done before, reused")
                     records.append(record)
                     continue
+                if reason := judge.lacking(cell.benchmark):
+                    show.say(f"{title}: not run: {reason}")
+                    missed.append(NotRun(cell.spec, reason))
+                    continue
                 if loaded is None:
+                    _ready(cells[number - 1 :], out)
                     show.say(f"loading {cell.spec.model} and lmms-eval")
                     loaded = load()
                 records.append(_run(cell, folder, loaded, batch_size, evaluate, show, title))
@@ -166,6 +176,16 @@ def run_cells(
             show.say(f"{title}: not run: {error}")
             missed.append(NotRun(cell.spec, str(error)))
     return records, missed
+
+
+def _ready(cells: Iterable[Cell], out: Path) -> None:
+    """Before a model is loaded: the data of all that may still run is there. Raises: UserError."""
+    from pruneval.harness.data_check import demand
+
+    waiting = {cell.benchmark: cell.spec.limit for cell in cells if not (out / cell.spec.hash / "record.json").exists()}
+    for row, limit in waiting.items():
+        if row.edition == "full" and not judge.lacking(row):
+            demand(row, limit)
 
 
 def _evaluate(*args: Any, **options: Any) -> Any:
@@ -213,6 +233,7 @@ def _run(
                 seed=cell.spec.seed,
                 batch_size=batch_size,
                 num_beams=cell.spec.num_beams,
+                frames=cell.frames,
                 journal=journal,
                 on_progress=tell,
             )

@@ -9,8 +9,15 @@ from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+FRAMES = 8
+"""Of each video, where nothing else is said: what the papers use."""
 NOT_IDENTITY = ("given",)
 """What the user typed does not matter once its values are known: `keep=0.5` said or defaulted is the same cell."""
+
+
+def sampling(frames: int) -> str:
+    """How a record names evenly spaced frames, the first and the last among them: "linspace:8"."""
+    return f"linspace:{frames}"
 
 
 def code_version() -> str:
@@ -56,11 +63,17 @@ class RunSpec:
     prompt_key: str
     """The key under which lmms-eval's task chose its prompt."""
     version: str
+    frames: str = ""
+    """How videos are sampled, as "linspace:8"; "" where questions are about images."""
+    judge: str = ""
+    """The language model that scores, as "gpt-4@api.example.org"; "" where none does."""
 
     @property
     def hash(self) -> str:
         """The name of the cell's folder."""
-        identity = {key: value for key, value in asdict(self).items() if key not in NOT_IDENTITY}
+        # What most cells do not have counts only where it is there.
+        empty = [key for key in ("frames", "judge") if not getattr(self, key)]
+        identity = {key: value for key, value in asdict(self).items() if key not in (*NOT_IDENTITY, *empty)}
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -87,6 +100,8 @@ class RunSpec:
             parts.append(f"limit:{self.limit}")
         if self.seed:
             parts.append(f"seed:{self.seed}")
+        if self.frames:
+            parts.append(f"frames:{self.frames}")
         if avg_in is not None:
             parts.append(f"budget:avg_in={avg_in:.4g}")
         return "|".join([*parts, f"v:{self.version}"])
@@ -98,4 +113,6 @@ class RunSpec:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunSpec:
         """The spec a record holds. Raises: KeyError when a field is missing."""
-        return cls(**{item.name: data[item.name] for item in fields(cls)})
+        # `num_beams` has a default and is in every record all the same.
+        late = ("frames", "judge")
+        return cls(**{item.name: data[item.name] for item in fields(cls) if item.name in data or item.name not in late})

@@ -71,6 +71,10 @@ class Benchmark:
     """Where images are a table of their own: its name, the questions' column that points to it, its id column."""
     videos: str = ""
     """A question's video below the data set's folder, by its columns; "" where questions are about images."""
+    questions: str = ""
+    """Where no hub has the data: the file of questions below the data set's folder."""
+    answers: str = ""
+    """The file of answers, where they are not beside the questions: by question_id, or in the questions' order."""
     columns: tuple[str, ...] = ()
     """The columns of the questions that the task reads."""
     prompt: dict[str, Any] = field(default_factory=dict, hash=False)

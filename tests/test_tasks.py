@@ -66,15 +66,15 @@ def test_rows_are_in_range():
 def test_every_task_is_one_of_the_installed_lmms_eval_or_ours():
     for row in tasks.benchmarks().values():
         for task in row.tasks:
-            if row.hub:
-                assert task_file(task).exists()
+            assert task_file(task).exists()
+            assert (task_file(task).parent.name == "video_qa") == (not row.hub)
 
 
 def test_suites_are_those_of_the_papers():
     counts = {name: len(members) for name, members in tasks.suites().items()}
     assert counts == {
-        "pocket": 5, "smoke": 2, "core5": 5, "gsearch12": 12, "gsearch-video": 2, "vflowopt": 13, "flowcut12": 12,
-        "flowcut-video3": 3, "ifprune9": 9, "ifprune-ocr": 2,
+        "pocket": 5, "pocket-image": 19, "pocket-video": 3, "smoke": 2, "core5": 5, "gsearch12": 12,
+        "gsearch-video": 2, "vflowopt": 13, "flowcut12": 12, "flowcut-video3": 3, "ifprune9": 9, "ifprune-ocr": 2,
     }  # fmt: skip
     for name, members in tasks.suites().items():
         row = tasks.suite_row(name)

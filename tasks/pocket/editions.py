@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pruneval.harness.errors import UserError, unknown
-from pruneval.tasks.pocket import benches, benches_choice, benches_judged, benches_open
+from pruneval.tasks.pocket import benches, benches_choice, benches_judged, benches_open, benches_video
 from pruneval.tasks.pocket.items import Tables
 
 SEED = 20
@@ -48,9 +48,12 @@ MAKERS: dict[str, tuple[Callable[[int, int], Tables], int]] = {
     "mathvista": (benches_judged.mathvista, 120),
     "mmvet": (benches_judged.mmvet, 60),
     "llava_bench": (benches_judged.llava_bench, 60),
+    "videomme": (benches_video.videomme, 60),
+    "mvbench": (benches_video.mvbench, 60),
+    "video_qa": (benches_video.video_qa, 60),
 }
 """What draws an edition's tables from a seed and a number of questions (MMBench: before they are rotated)."""
-SOURCES = ("world.py", "questions.py", "prompts.py", "charts.py", "items.py", "schemas.py", "editions.py")
+SOURCES = ("world.py", "questions.py", "prompts.py", "charts.py", "clips.py", "items.py", "schemas.py", "editions.py")
 """The modules that decide an edition's content, beside the makers."""
 
 
@@ -118,7 +121,8 @@ def digest(tables: Tables) -> str:
 
 def _content(value: Any) -> list[bytes]:
     if _pictures(value):
-        return [_coarse(each) for each in (value if isinstance(value, list) else [value])]
+        films = isinstance(value, list) or value.ndim == 4
+        return [_coarse(each) for each in (value if films else [value])]
     return [json.dumps(value, sort_keys=True).encode()]
 
 
@@ -147,6 +151,7 @@ def _write(name: str, folder: Path) -> None:
     import pyarrow.parquet as pq
     from PIL import Image
 
+    from pruneval.tasks.pocket.clips import write_video
     from pruneval.tasks.pocket.schemas import features
 
     def encoded(pixels: Any) -> Any:
@@ -157,7 +162,12 @@ def _write(name: str, folder: Path) -> None:
         return {"bytes": buffer.getvalue(), "path": None}
 
     tables = rows(name)
+    for video in tables.get("videos", []):
+        (folder / video["path"]).parent.mkdir(exist_ok=True)
+        write_video(folder / video["path"], video["video"])
     for table, content in tables.items():
+        if table == "videos":
+            continue
         columns = features(name, table)
         data = {
             column: [encoded(row[column]) if _pictures(row[column]) else row[column] for row in content]

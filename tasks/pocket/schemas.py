@@ -199,6 +199,22 @@ _FEATURES = {
     ),
 }
 
+_FEATURES |= {
+    ("videomme", "questions"): datasets.Features(
+        {
+            **dict.fromkeys(("video_id", "duration", "domain", "sub_category", "url", "videoID", "question_id"), _TEXT),
+            **dict.fromkeys(("task_type", "question"), _TEXT),
+            "options": List(_TEXT),
+            "answer": _TEXT,
+        }
+    ),
+    ("mvbench", "questions"): datasets.Features(
+        {"video": _TEXT, "question": _TEXT, "candidates": List(_TEXT), "answer": _TEXT}
+    ),
+    ("video_qa", "questions"): datasets.Features(
+        dict.fromkeys(("video_name", "question_id", "question", "answer"), _TEXT)
+    ),
+}
 _MMBENCH = datasets.Features(
     {
         "index": Value("int64"),
