@@ -41,6 +41,7 @@ MODULES = {  # commands with a module of their own, imported when the command is
     "bench": ("pruneval.harness.bench", "time and memory of methods beside vanilla, measured in turns"),
     "sweep": ("pruneval.harness.sweep", "run a study: many methods, budgets, models and benchmarks"),
     "data": ("pruneval.harness.data_command", "the benchmarks' data: what is here, what is missing, fetching it"),
+    "train": ("pruneval.harness.search.train_command", "train what a method needs trained: IF-Prune's helper"),
     "runs": ("pruneval.harness.runs", "list, show, compare and clear the cells of a results folder"),
     "search": ("pruneval.harness.search.command", "find a method's strategy on calibration samples"),
     "report": ("pruneval.reports.command", "print the tables of a results folder"),
