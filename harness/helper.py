@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pruneval.harness.attention import Call, HeadAttention, Recorder, watching
 from pruneval.harness.errors import UserError
 from pruneval.harness.helper_prompt import Prompts
+from pruneval.methods.base import MethodError
 from pruneval.methods.helper import Reading
 
 if TYPE_CHECKING:
@@ -66,21 +67,31 @@ def _plain(value: Any) -> Any:
 class HelperView:
     """One sample as the helper has read it: see `pruneval.methods.helper.Helper`."""
 
-    def __init__(self, row: int, start: int, visual: Tensor, hidden: Tensor, calls: Mapping[int, Call], layers: int):
+    def __init__(
+        self,
+        helper: Adapter,
+        row: int,
+        start: int,
+        visual: Tensor,
+        hidden: Tensor,
+        calls: Mapping[int, Call],
+        entered: tuple[Tensor, Tensor],
+    ) -> None:
         """
         Args:
+            helper: the helper's adapter.
             row: of the helper's batch.
             start: padding of the row.
             visual: (N,) places of its visual tokens, behind the padding.
             hidden: (S, d) the row's last states, padded.
             calls: attention calls of the prompt, by layer.
-            layers: decoder layers of the helper.
+            entered: (n, d) what entered its decoder, and (..., n) at which positions.
         """
-        self._row, self._start, self._calls = row, start, calls
-        self.visual, self.length, self.layers = visual, hidden.shape[0] - start, layers
+        self._helper, self._row, self._start, self._calls, self._entered = helper, row, start, calls, entered
+        self.visual, self.length, self.layers = visual, hidden.shape[0] - start, len(helper.decoder_layers)
         self.hidden = hidden[start:].to(torch.promote_types(torch.float32, hidden.dtype))
         self.answered = self.hidden.new_zeros(0, len(visual))
-        self.confidence = self.hidden.new_zeros(0)
+        self.answer, self.confidence = visual.new_zeros(0), self.hidden.new_zeros(0)
 
     def attention(self, layer: int) -> HeadAttention:
         """The attention of a decoder layer over the helper's prompt."""
@@ -94,6 +105,25 @@ class HelperView:
             rows = HeadAttention(call.query[self._row], key, value, call.scaling, True).rows(-1)
             total += rows.sum((0, 1))[self.visual]
         return total
+
+    @torch.no_grad()
+    def agreement(self, chosen: Tensor) -> Tensor:
+        """(t + 1,) the probability of each token of its answer when it sees only these visual tokens."""
+        decoder, (hidden, position) = self._helper.text_model, self._entered
+        if "visual_pos_masks" in inspect.signature(decoder.forward).parameters:
+            raise MethodError("the helper adds visual features inside its decoder, so it can't read its answer again")
+        stays = torch.ones(self.length, dtype=torch.bool, device=hidden.device)
+        stays[self.visual] = False
+        stays[self.visual[chosen.to(self.visual.device)]] = True
+        said = self._helper.model.get_input_embeddings()(self.answer[:-1]).to(hidden)
+        after = position.amax() + 1 + torch.arange(len(said), device=position.device)
+        position = torch.cat([position[..., stays], after.expand(*position.shape[:-1], -1)], dim=-1)
+        stream = torch.cat([hidden[stays], said])[None]
+        whole = torch.ones(stream.shape[:2], dtype=torch.long, device=stream.device)  # else gaps in positions split it
+        out = decoder(inputs_embeds=stream, attention_mask=whole, position_ids=position.unsqueeze(-2), use_cache=False)
+        states = out.last_hidden_state[0, -len(self.answer) :]
+        logits = self._helper.model.get_output_embeddings()(states).to(self.hidden.dtype)
+        return logits.softmax(-1).gather(1, self.answer[:, None]).squeeze(1)
 
 
 class Helping:
@@ -149,6 +179,7 @@ class Helping:
         adapter, model = self.helper, self.helper.model
         views: list[HelperView] = []
         steps: list[list[Tensor]] = []
+        entered: dict[str, Tensor] = {}
         watched = {layer: adapter.attention(layer) for layer in range(len(adapter.decoder_layers))}
 
         def read(module: nn.Module, args: tuple, output: Any) -> None:
@@ -159,10 +190,18 @@ class Helping:
                 return
             for row, ids in enumerate(prompts):
                 visual = adapter.visual_mask(ids).nonzero().squeeze(-1).to(output[0].device)
-                start = output[0].shape[1] - len(ids)
-                views.append(HelperView(row, start, visual, output[0][row], calls, len(watched)))
+                start, position = output[0].shape[1] - len(ids), entered["position"]
+                position = position.expand(*position.shape[:-2], len(prompts), -1)[..., row, start:]
+                stream = (entered["hidden"][row, start:], position)
+                views.append(HelperView(adapter, row, start, visual, output[0][row], calls, stream))
+
+        def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if not views:
+                entered["hidden"] = args[0] if args else kwargs["x"]
+                entered["position"] = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
 
         with ExitStack() as stack:
+            stack.callback(adapter.rotary.register_forward_pre_hook(enter, with_kwargs=True).remove)
             recorder: Recorder = stack.enter_context(watching(watched if how.attention else {}))
             recorder.on = how.attention
             stack.enter_context(adapted(adapter.text_model, how.lora or {}))
@@ -177,7 +216,8 @@ class Helping:
             over = torch.isin(made[row], ends).nonzero()
             size = int(over[0]) + 1 if len(over) else made.shape[1]
             logits = torch.stack([step[row] for step in out.logits[:size]]).to(view.hidden.dtype)
-            view.confidence = logits.softmax(-1).gather(1, made[row, :size, None]).squeeze(1)
+            view.answer = made[row, :size]
+            view.confidence = logits.softmax(-1).gather(1, view.answer[:, None]).squeeze(1)
             if size > 1 and how.attention:
                 view.answered = torch.stack([step[row] for step in steps[: size - 1]])
         return views

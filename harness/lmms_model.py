@@ -214,6 +214,7 @@ class PrunevalModel(lmms):
             output = self.loaded.model.generate(**inputs, **arguments, pad_token_id=pad)
         answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         budgets = [budget_of(session, b) for b in range(len(batch))]
+        answers, budgets = _early(session, answers, budgets)
         return [
             {
                 "key": request.key,
@@ -259,3 +260,14 @@ class PrunevalModel(lmms):
             images.append(pictures)
             films.append([read(path, self.frames) for path in videos] if decode else [])
         return texts, images, films
+
+
+def _early(session: Any, answers: list[str], budgets: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The answers, where the method has settled for its helper's with that, and a note which these are."""
+    if session is None or session.helping is None:
+        return answers, budgets
+    processor = session.adapter.helper.processor
+    tokenizer = getattr(processor, "tokenizer", processor)
+    taken = {each: tokenizer.decode(ids, skip_special_tokens=True) for each, ids in session.early.items()}
+    noted = [budget | {"early": float(each in taken)} for each, budget in enumerate(budgets)]
+    return [taken.get(each, answer) for each, answer in enumerate(answers)], noted

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SAMPLE_COLUMNS = (
     "doc_id", "prompt_hash", "prompt", "image", "answer", "correct", "target",
-    "visual_tokens", "avg_in", "kept_after", "final", "keep", "error",
+    "visual_tokens", "avg_in", "kept_after", "final", "keep", "early", "error",
 )  # fmt: skip
 WORTH = ("score", "correct", "true_false")
 """Where the values of a row say how right it is, from 0 to 1."""

@@ -123,6 +123,8 @@ class Prefill:
                 continue
             step = self._step(index, row, tokens, hidden[row, pads[row] :], pads[row], upcoming)
             results.append(self._checked(self.session.method.reduce(step), tokens))
+            if step.helping is not None and self.session.method.settles(step):
+                self.session.early[row // self._beams] = step.helper.answer
             if index == 0 and self.session.towers.places:
                 self._note_tower(row, step, results[-1])
         if all(result is None for result in results):

@@ -52,7 +52,7 @@ class RunRecord:
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     """metric -> {"value", "n", "stderr"}, at full precision; empty when failed."""
     budget: dict[str, float] = field(default_factory=dict)
-    """Means over the samples: visual_tokens, avg_in, kept_after, final, keep."""
+    """Means over the samples: visual_tokens, avg_in, kept_after, final, keep, and early where a helper may answer."""
     implied: dict[str, Any] | None = None
     """Cost computed from dimensions and declared lengths, when it could be."""
     measured: dict[str, Any] | None = None

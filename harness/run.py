@@ -27,7 +27,7 @@ FILES = ("recipe", "checkpoint")
 """Parameters of methods that name files."""
 HELPER = "helper"
 """The parameter that names a second model."""
-BUDGETS = ("visual_tokens", "avg_in", "kept_after", "final", "keep")
+BUDGETS = ("visual_tokens", "avg_in", "kept_after", "final", "keep", "early")
 
 
 @dataclass(frozen=True)

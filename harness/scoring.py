@@ -81,6 +81,10 @@ def _reading(helper: Dimensions | None, how: Reading, lengths: Lengths, name: st
     if how.answer > 1:
         macs = counted.total("decode_linear", "decode_attention", "decode_head")
         work.append(Work(f"helper answers with {how.answer} tokens", macs))
+    if how.again:
+        shown = max(1, int(lengths.given * how.again)) + lengths.text + how.answer - 1
+        macs = decoder.layers * (decoder.linear * shown + decoder.width * shown * (shown + 1))
+        work.append(Work("helper reads its answer again", macs + decoder.hidden * decoder.vocab * how.answer))
     if how.attention:
         columns = (lengths.text + 1) * prompt + sum(prompt + step for step in range(1, max(1, how.answer)))
         work.append(Work("rows of the helper", decoder.layers * decoder.width * columns))

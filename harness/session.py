@@ -72,6 +72,8 @@ class Session:
         questions: texts of the questions of the next `generate`, for methods that read them; without them what the
             processor makes of the prompts.
         trace: the trace of the last prefill, or None before the first.
+        early: of the last prefill, the helper's answers that the method takes for the model's: sample -> ids, of the
+            helper's tokenizer.
     """
 
     def __init__(self, adapter: Adapter, method: Method, seed: int) -> None:
@@ -79,6 +81,7 @@ class Session:
         self.sample_keys: Sequence[str] | None = None
         self.questions: Sequence[str] | None = None
         self.trace: Trace | None = None
+        self.early: dict[int, Tensor] = {}
         self.shape = adapter.shape
         self.needs = method.needs(self.shape)
         self.read = {index for need in self.needs.values() for index in need.attention}
@@ -227,7 +230,7 @@ class Session:
             raise UserError("a pruned model needs input_ids, not inputs_embeds: they say which tokens are visual")
         if cache is None:
             self._check_uncached(ids)
-        encoded, self.encoded = self.encoded, []
+        encoded, self.encoded, self.early = self.encoded, [], {}
         self._prefill = Prefill(self, ids, kwargs.get("attention_mask"), cache, encoded)
 
     def _check_decode(self) -> None:

@@ -128,6 +128,12 @@ class Method:
         """
         return grid
 
+    def settles(self, step: Step) -> bool:
+        """Whether the answer of the helper is good enough to be the model's (`Session.early`). Asked at the boundaries
+        where there is a helper; the model answers in any case.
+        """
+        return False
+
     def encoding(self, shape: Shape) -> dict[int, Place]:
         """The vision tower's layers at which `at_encode` is called for every tile, ascending, and where: behind the
         layer's "attention" or behind the whole "layer".

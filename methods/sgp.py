@@ -12,6 +12,15 @@ are; the last answer token is not read again and adds nothing. Survivors keep or
 The released code's rows start at the last visual token itself (`rows=code`), the paper's behind it (`rows=paper`).
 `answer` limits the small model's answer, on which the ranking depends. Published: 40 % from layer 19 of 48, 20 % from
 9, 5 % from 2. The count is the float32 product, rounded down.
+
+SEE, the other half of the paper: with `exit` below 1 the small model's answer x_1..x_n is taken for the large one's
+when
+
+    S = (S_conf + S_cons) / 2 > exit,    S_conf = (prod_i p_i)^(1/n),    S_cons = prod_i p'_i
+
+where p_i are the probabilities with which it chose its tokens and p'_i those it gives them when it sees only the
+highest 5 % of the visual tokens. As in the released code the large model answers in any case; `Session.early` says
+where it need not have.
 """
 
 from __future__ import annotations
@@ -19,8 +28,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruneval.methods.base import Card, MethodError, Needs, Ranking, Shape, Step, torch
+from pruneval.methods.base import Card, MethodError, Needs, Ranking, Shape, Step, strongest, torch
 from pruneval.methods.helper import Helper, Reading
+
+SHOWN = 0.05
+"""The share of visual tokens with which the small model's answer is checked."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class SGP(Ranking):
     keep: float = 0.4
     rows: str = "code"
     answer: int = 32
+    exit: float = 1.0
 
     def check(self) -> None:
         if not 0 <= self.depth < 1:
@@ -61,9 +74,13 @@ class SGP(Ranking):
             raise MethodError(f"sgp: rows must be code or paper, not {self.rows!r}")
         if self.answer < 1:
             raise MethodError(f"sgp: answer must be at least 1, not {self.answer}")
+        if not 0 <= self.exit <= 1:
+            raise MethodError(f"sgp: exit must be in [0, 1], not {self.exit:g}")
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
-        return {int(shape.layers * self.depth): Needs(helper=Reading(answer=self.answer, attention=True))}
+        again = SHOWN if self.exit < 1 else 0.0
+        reading = Reading(answer=self.answer, attention=True, again=again)
+        return {int(shape.layers * self.depth): Needs(helper=reading)}
 
     def counts(self, shape: Shape, n: int) -> dict[int, int]:
         count = int(torch.tensor(n) * self.keep)
@@ -71,6 +88,9 @@ class SGP(Ranking):
 
     def score(self, step: Step) -> torch.Tensor:
         return received(step.helper, self.rows)
+
+    def settles(self, step: Step) -> bool:
+        return self.exit < 1 and certainty(step.helper, received(step.helper, self.rows)) > self.exit
 
 
 def received(helper: Helper, rows: str) -> torch.Tensor:
@@ -81,3 +101,11 @@ def received(helper: Helper, rows: str) -> torch.Tensor:
         for block in helper.attention(layer).blocks(range(first, helper.length)):
             total = total + block.sum((0, 1))[helper.visual]
     return total
+
+
+def certainty(helper: Helper, score: torch.Tensor) -> float:
+    """S: how sure the helper is of its answer, and whether the tokens that it ranks highest are enough for it."""
+    confident = helper.confidence.log().mean().exp()
+    chosen = strongest(score, max(1, int(torch.tensor(len(score)) * SHOWN)))
+    consistent = helper.agreement(chosen).prod()
+    return float(confident + consistent) / 2

@@ -23,7 +23,7 @@ from pruneval.harness.helper_prompt import Prompts
 from pruneval.harness.scoring import helpers
 from pruneval.harness.session import pruned
 from pruneval.harness.subjects import subject, tiny
-from pruneval.methods.base import Card, Method, Needs, Shape, Step
+from pruneval.methods.base import Card, Method, MethodError, Needs, Shape, Step
 from pruneval.methods.helper import Reading
 
 
@@ -120,6 +120,40 @@ def test_the_question_goes_first():
         one, two = (views("llava", Reading(question_first=first), each)[0] for each in (sample, other))
         assert torch.allclose(one.hidden[one.visual], two.hidden[two.visual]) != first
         assert (int(one.visual[-1]) == one.length - 2) == first  # then the token that closes the image
+
+
+@pytest.mark.parametrize("family", ["llava", "video_llava", "qwen2_5_vl"])
+def test_an_answer_read_again_with_fewer_tokens(family):
+    """With all tokens it agrees with itself; with some, as the helper does when they alone are kept at layer 0."""
+    sample, helper = subject(family).samples[-1], tiny(family, seed=1)
+    (view,) = views(family, ANSWER, sample)
+    everything = torch.arange(len(view.visual))
+    torch.testing.assert_close(view.agreement(everything), view.confidence, rtol=1e-5, atol=1e-6)
+    chosen = everything[::3]
+
+    @dataclass(frozen=True)
+    class Chosen(Probe):
+        def needs(self, shape: Shape) -> dict[int, Needs]:
+            return {0: Needs()}
+
+        def reduce(self, step: Step) -> Any:
+            return step.keep(chosen)
+
+    answer = view.answer[None]
+    longer = sample | {"input_ids": torch.cat([sample["input_ids"], answer], dim=1)}
+    longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+    if "mm_token_type_ids" in sample:
+        longer["mm_token_type_ids"] = torch.nn.functional.pad(sample["mm_token_type_ids"], (0, answer.shape[1]))
+    with torch.no_grad(), pruned(helper, Chosen()):
+        logits = helper(**longer).logits[0, -answer.shape[1] - 1 : -1]
+    expected = logits.softmax(-1).gather(1, answer.T).squeeze(1)
+    torch.testing.assert_close(view.agreement(chosen), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_helpers_with_features_inside_the_decoder_do_not_read_again():
+    (view,) = views("qwen3_vl", ANSWER, subject("qwen3_vl").samples[0])
+    with pytest.raises(MethodError, match="adds visual features inside its decoder"):
+        view.agreement(torch.arange(2))
 
 
 def test_low_rank_weights_are_added_while_it_reads():
@@ -267,6 +301,14 @@ def test_an_evaluation_names_its_helper_and_records_its_cost(tmp_path, capsys):
     assert record.implied["helper_tflops"] > 0 and str(tmp_path) not in str(record.to_dict())
     assert record.implied["tflops_with_helpers"] > record.implied["unpruned_tflops"]
     assert f"sgp(helper=small@{found.revision[:8]}" in capsys.readouterr().out
+    assert record.budget["early"] == 0
+    given += ["--set", "exit=0"]  # any answer of the helper is good enough
+    assert cli.main([*words, "--method", "sgp", *given, "--out", str(tmp_path / "runs")]) == 0
+    (early,) = (each for each in records.read_records(tmp_path / "runs") if each.spec.given.get("exit") == 0)
+    assert early.budget == record.budget | {"early": 1}
+    rows = [records.read_samples(tmp_path / "runs" / one.spec.hash, one) for one in (record, early)]
+    assert list(rows[0]["answer"]) != list(rows[1]["answer"])
+    capsys.readouterr()
     assert cli.main([*words, "--method", "sgp", "--out", str(tmp_path / "runs")]) == 2
     assert "needs a helper model: --set helper=NAME" in capsys.readouterr().err
     assert cli.main([*words, "--method", "sgp", "--set", "helper=poket-llava"]) == 2

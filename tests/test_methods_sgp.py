@@ -12,9 +12,10 @@ from pruneval import methods
 from pruneval.harness import measure
 from pruneval.harness.conformance import CHECKS, Case, verdicts
 from pruneval.harness.errors import UserError
-from pruneval.harness.subjects import subject
+from pruneval.harness.session import pruned
+from pruneval.harness.subjects import adapter, subject, tiny
 from pruneval.methods import MethodError
-from pruneval.methods.sgp import received
+from pruneval.methods.sgp import certainty, received
 
 PRESETS = methods.method_class("sgp").presets
 
@@ -90,6 +91,34 @@ def test_the_engines_promises(family):
     assert {verdict.check for verdict in found if verdict.status == "pass"} == set(CHECKS) - {"tower"}
 
 
+def test_the_cards_certainty():
+    """p = .9, .4 gives .6; .8 and .5 with few tokens give .4."""
+    shown = []
+    view = SimpleNamespace(
+        confidence=torch.tensor([0.9, 0.4], dtype=torch.float64),
+        agreement=lambda chosen: shown.append(chosen.tolist()) or torch.tensor([0.8, 0.5], dtype=torch.float64),
+    )
+    assert certainty(view, torch.arange(40.0)) == pytest.approx(0.5)
+    assert shown == [[38, 39]]
+
+
+def test_a_certain_helper_answers_early():
+    """Above the threshold its ids are taken; what the model is given to compute stays the same."""
+    model, one = tiny("llava"), subject("llava")
+    inputs, found = one.batch(*one.samples), {}
+    for limit in (0.0, 0.9, 1.0):
+        method = methods.build("sgp", {"exit": limit, "answer": 4})
+        with torch.no_grad(), pruned(model, method, adapter=adapter(model)) as session:
+            model(**inputs)
+            found[limit] = (session.early, session.trace.budget(1).per_layer)
+            model(**one.text)
+            assert session.early == {}
+    assert set(found[0.0][0]) == {0, 1} and found[0.9][0] == found[1.0][0] == {}
+    answer = tiny("llava", seed=1).generate(**inputs, max_new_tokens=4, do_sample=False)[:, -4:]
+    assert [ids.tolist() for ids in found[0.0][0].values()] == answer.tolist()
+    assert found[0.0][1] == found[1.0][1]
+
+
 def test_the_helper_is_part_of_the_cost():
     """Pruning saves less than the helper takes: the card's 81.5 % of 117.7 T are 81.4 T and a helper of 14.5 T."""
     given = {"helper": "internvl2-2b", **PRESETS["internvl2-26b@35%"]}
@@ -100,6 +129,8 @@ def test_the_helper_is_part_of_the_cost():
     assert printed["tflops_with_helpers"] == pytest.approx(printed["tflops"] + printed["helper_tflops"])
     longer = measure.implied("internvl2-26b", "sgp", given | {"answer": 64}, visual_tokens=1792)
     assert longer["helper_tflops"] > printed["helper_tflops"]
+    checked = measure.implied("internvl2-26b", "sgp", given | {"exit": 0.8}, visual_tokens=1792)
+    assert 0 < checked["helpers"]["helper reads its answer again"] < 0.2 * checked["helpers"]["helper reads"]
     with pytest.raises(UserError, match="sgp: its cost needs the dimensions of a helper model"):
         measure.implied("internvl2-26b", "sgp")
 
@@ -108,6 +139,7 @@ def test_parameters():
     for given, message in (
         ({"rows": "all"}, "sgp: rows must be code or paper, not 'all'"),
         ({"depth": 1}, r"sgp: depth must be in \[0, 1\), not 1"),
+        ({"exit": 2}, r"sgp: exit must be in \[0, 1\], not 2"),
         ({"answer": 0}, "sgp: answer must be at least 1, not 0"),
     ):
         with pytest.raises(MethodError, match=message):
