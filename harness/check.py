@@ -121,7 +121,7 @@ def _on_model(name: str, names: Sequence[str], given: tuple) -> list[Any]:
     from pruneval.harness import conformance
     from pruneval.harness.subjects_real import subject_of
 
-    subject = subject_of(name)
+    subject = subject_of(name, dict(given).get("helper"))
     cases = [conformance.Case(method, subject, given=given) for method in names]
     found: list[Any] = []
     for case in track(cases, "checking", console=_console()):

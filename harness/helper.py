@@ -43,9 +43,9 @@ def reason(target: Adapter, helper: Adapter) -> str:
         return "the helper must be another model (or another copy) than the one that is pruned"
     found = [_differs(target.config, helper.config, _GRID)]
     found.append(_differs(target.config.vision_config, helper.config.vision_config, _TOWER))
-    pixels = [getattr(adapter.processor, "image_processor", None) for adapter in (target, helper)]
-    if None not in pixels:
-        found.append(_differs(*pixels, _PIXELS))
+    mine, theirs = (getattr(adapter.processor, "image_processor", None) for adapter in (target, helper))
+    if mine is not None and theirs is not None:
+        found.append(_differs(mine, theirs, _PIXELS))
     differs = next((text for text in found if text), "")
     return f"the helper's visual tokens are not those of this model: {differs}" if differs else ""
 

@@ -109,9 +109,10 @@ class Asked:
 
     def answer(self, method: Any, seed: int = 0) -> tuple[str, Trace]:
         """What the model answers while the method prunes, and what left the stream."""
+        from pruneval.harness.models import adapter_of
         from pruneval.harness.session import pruned
 
-        with pruned(self.loaded.model, method, seed=seed, adapter=self.loaded.adapter) as session:
+        with pruned(self.loaded.model, method, seed=seed, adapter=adapter_of(self.loaded, method)) as session:
             row = self.model.ask(self.instance, session)
             assert session.trace is not None
             return row["answer"], session.trace

@@ -10,8 +10,12 @@ import numpy as np
 from pruneval.harness.conformance import Subject
 
 
-def subject_of(name: str) -> Subject:
+def subject_of(name: str, helper: str | None = None) -> Subject:
     """The model of that name or folder, in float32 on the CPU (or its GPU), with four prompts.
+
+    Args:
+        name: of the model, or its folder.
+        helper: likewise, of a helper model.
 
     Raises:
         UserError: when the model can't be found or loaded.
@@ -28,6 +32,7 @@ def subject_of(name: str) -> Subject:
         return models.load(located, None, "float32", kernel)
 
     loaded = load("sdpa")
+    beside = models.load(helper, None, "float32", "sdpa") if helper else None
     random = np.random.default_rng(0)
     sizes = ((96, 96), (96, 160), (200, 96))
     pictures = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -53,5 +58,5 @@ def subject_of(name: str) -> Subject:
         batch=functools.partial(batch, pad=pad if pad is not None else 0),
         text=prompt("Say yes or no.", []),
         tolerance=1e-3,
-        adapter=lambda model: adapter_for(model, loaded.processor, loaded.adapter.clip),
+        adapter=lambda model: adapter_for(model, loaded.processor, loaded.adapter.clip, beside),
     )

@@ -75,6 +75,8 @@ class Projector(Method):
     models in which an image is one such grid: a projector was trained with its model.
     """
 
+    checkpoint: str
+
     def side(self, n: int) -> int:
         """Tokens on a side of the smaller square, of an image of n tokens. Raises: MethodError."""
         raise NotImplementedError

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Tokens
-from pruneval.harness.models import LoadedModel
+from pruneval.harness.models import LoadedModel, adapter_of
 from pruneval.harness.search.data import Calibration, Sample
 from pruneval.harness.search.prefix import Shared, shared
 from pruneval.harness.session import pruned
@@ -117,7 +117,7 @@ class Objective:
         try:
             with (
                 torch.inference_mode(),
-                pruned(self.loaded.model, method, seed=self.seed, adapter=self.loaded.adapter) as session,
+                pruned(self.loaded.model, method, seed=self.seed, adapter=adapter_of(self.loaded, method)) as session,
             ):
                 session.sample_keys = [f"calibration/{i}" for i in batch]
                 yield session
