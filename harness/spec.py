@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -68,7 +69,7 @@ class RunSpec:
     judge: str = ""
     """The language model that scores, as "gpt-4@api.example.org"; "" where none does."""
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """The name of the cell's folder."""
         # What most cells do not have counts only where it is there.
@@ -77,7 +78,7 @@ class RunSpec:
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    @property
+    @cached_property
     def method_signature(self) -> str:
         """Name and parameters of the method."""
         return signature_of(self.method, self.params)

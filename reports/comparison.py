@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pruneval.harness.records import RunRecord, RunSpec
 from pruneval.reports import statistics
@@ -15,10 +15,7 @@ from pruneval.reports.entries import Entry, Group, count, entries, grouped, rela
 from pruneval.reports.table import Cell, Column, Row, Table, ranked
 from pruneval.tasks import Benchmark, benchmarks
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-Samples = Callable[[RunRecord], "pd.DataFrame | None"]
+Samples = Callable[[RunRecord], statistics.Answers | None]
 Tests = Mapping[tuple[str, str], statistics.Difference]
 NOT_ABOVE = "°"
 MORE = 1.02
@@ -36,7 +33,8 @@ def settings(records: Iterable[RunRecord]) -> list[list[RunRecord]]:
         spec = record.spec
         data = spec.data if len(revisions[spec.benchmark]) > 1 else ""
         key = (spec.edition, spec.model, spec.revision, spec.dtype, spec.kernel, spec.limit or 0, spec.seed)
-        groups.setdefault((*key, spec.num_beams or 0, data, spec.version), []).append(record)
+        more = (spec.num_beams or 0, spec.frames, spec.judge, data, spec.version)
+        groups.setdefault((*key, *more), []).append(record)
     return [group for _, group in sorted(groups.items())]
 
 
@@ -53,7 +51,7 @@ def comparison(
     Args:
         records: done and failed ones, in any order.
         missed: cells that could not be tried, each with the reason.
-        samples: gives a record's samples (columns doc_id, correct, image); without it nothing is tested.
+        samples: gives a record's answers; without it nothing is tested.
     """
     records = list(records)
     reasons = {(spec.method_signature, spec.benchmark): reason for spec, reason in missed}

@@ -21,7 +21,7 @@ def differences(records: Iterable[RunRecord], samples: Samples) -> Table | None:
 
     Args:
         records: of one model in one setting, as one table of `comparisons` has them.
-        samples: gives a record's samples.
+        samples: gives a record's answers.
     """
     records = list(records)
     table = benchmarks()

@@ -119,9 +119,8 @@ class Join:
             if part.value is None or (base is not None and not base.value)
         ]
         if holes or not parts:
-            reasons = {part.reason for part in parts if part.value is None}
-            why = reasons.pop() if len(reasons) == 1 and len(holes) == len(parts) else f"needs {', '.join(holes)}"
-            return Found(reason=why)
+            reasons = {part.reason.partition(";")[0] for part in parts}
+            return Found(reason=reasons.pop() if len(reasons) == 1 else f"needs {', '.join(holes)}")
         shares = [
             100 * part.value / (base.value if base else self.known[name].maximum * self.known[name].scale)  # type: ignore[operator]
             for name, part, base in zip(self.layout.benchmarks, parts, bases, strict=True)

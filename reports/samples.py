@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pruneval.harness.records import RunRecord, read_samples
-
-if TYPE_CHECKING:
-    import pandas as pd
+from pruneval.harness.records import RunRecord
+from pruneval.reports.statistics import Answers, answers
 
 NEEDED = ("doc_id", "prompt_hash", "correct", "image")
 
 
-def reader(out: Path | str) -> Callable[[RunRecord], pd.DataFrame | None]:
-    """A function from a record of this results folder to its samples' `NEEDED` columns; None when it has none."""
+def reader(out: Path | str) -> Callable[[RunRecord], Answers | None]:
+    """A function from a record of this results folder to its answers; None when it has none.
 
-    @cache
-    def read(name: str) -> pd.DataFrame | None:
-        record = known[name]
-        rows = read_samples(Path(out) / name, record)
-        return rows[[column for column in NEEDED if column in rows]]
+    The records come from `read_records`, which has verified the files.
+    """
+    found: dict[str, Answers] = {}
 
-    known: dict[str, RunRecord] = {}
-
-    def samples(record: RunRecord) -> pd.DataFrame | None:
+    def samples(record: RunRecord) -> Answers | None:
         if record.samples is None:
             return None
-        known[record.spec.hash] = record
-        return read(record.spec.hash)
+        name = record.spec.hash
+        if name not in found:
+            from pyarrow.parquet import ParquetFile
+
+            with ParquetFile(Path(out) / name / record.samples["file"]) as file:
+                columns = [column for column in NEEDED if column in file.schema_arrow.names]
+                table = file.read(columns)
+            found[name] = answers({column: table[column].to_numpy() for column in columns})
+        return found[name]
 
     return samples

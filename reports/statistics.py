@@ -7,15 +7,12 @@ come from statsmodels and scipy; here they are only fed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LEVEL = 0.05
 POWER = 0.8
@@ -45,30 +42,58 @@ class Difference:
         return detectable(self.stderr, self.units)
 
 
-def paired(first: pd.DataFrame, second: pd.DataFrame) -> Difference | None:
-    """Compare two methods' samples of one benchmark; None when they have fewer than two units in common.
+@dataclass(frozen=True)
+class Answers:
+    """How a method answered a benchmark's questions; everything (n,), in one order."""
+
+    number: np.ndarray
+    prompt: np.ndarray
+    """A question is the same when its number and its prompt (a digest) are."""
+    correct: np.ndarray
+    """In [0, 1]."""
+    image: np.ndarray | None = None
+    """Numbers; equal where questions are about one image. None: every question stands alone."""
+
+
+def answers(rows: Mapping[str, Any]) -> Answers:
+    """A record's samples as arrays.
 
     Args:
-        first: rows with `doc_id`, `correct` and, if known, `prompt_hash` and `image`.
-        second: the same of the other method. A question is the same when its number and its prompt are.
+        rows: a data frame or a mapping with `doc_id`, `correct` and, if known, `prompt_hash` and `image` (texts; a row
+            without one stands alone).
     """
+    import pandas as pd
+
+    number = np.asarray(rows["doc_id"])
+    prompt = np.asarray(rows["prompt_hash"] if "prompt_hash" in rows else [""] * len(number), dtype=str)
+    image = None
+    if "image" in rows:
+        codes = pd.factorize(np.asarray(rows["image"], dtype=object))[0]
+        alone = codes < 0
+        if not alone.all():
+            image = np.where(alone, codes.max() + 1 + np.arange(len(codes)), codes)
+    return Answers(number, prompt, np.asarray(rows["correct"], dtype=float), image)
+
+
+def paired(first: Answers, second: Answers) -> Difference | None:
+    """Compare two methods on one benchmark; None when they have fewer than two units in common."""
     return compare(*matched(first, second))
 
 
-def paired_interval(first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, float]:
-    """`interval` of two methods' samples."""
+def paired_interval(first: Answers, second: Answers) -> tuple[float, float]:
+    """`interval` of two methods' answers."""
     return interval(*matched(first, second))
 
 
-def matched(first: pd.DataFrame, second: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """What both answered: two arrays (n,) of correctness in one order, and each question's image where known."""
-    keys = [key for key in ("doc_id", "prompt_hash") if key in first and key in second]
-    if len(first) == len(second) and all((first[key].to_numpy() == second[key].to_numpy()).all() for key in keys):
-        both, other = first, second["correct"]
-    else:
-        both = first.merge(second[[*keys, "correct"]], on=keys, suffixes=("", "_second"))
-        other = both["correct_second"]
-    return both["correct"].to_numpy(float), other.to_numpy(float), _images(both)
+def matched(first: Answers, second: Answers) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """What both answered: correctness in one order, and each question's image where known."""
+    if np.array_equal(first.number, second.number) and np.array_equal(first.prompt, second.prompt):
+        return first.correct, second.correct, first.image
+    place = {key: at for at, key in enumerate(zip(second.number.tolist(), second.prompt.tolist(), strict=True))}
+    keys = list(zip(first.number.tolist(), first.prompt.tolist(), strict=True))
+    mine = [at for at, key in enumerate(keys) if key in place]
+    theirs = [place[keys[at]] for at in mine]
+    return first.correct[mine], second.correct[theirs], None if first.image is None else first.image[mine]
 
 
 def compare(a: np.ndarray, b: np.ndarray, images: Sequence[Any] | None = None) -> Difference | None:
@@ -78,7 +103,7 @@ def compare(a: np.ndarray, b: np.ndarray, images: Sequence[Any] | None = None) -
     one does; a paired t test where answers are worth fractions.
     """
     delta = np.asarray(a, float) - np.asarray(b, float)
-    codes = np.arange(len(delta)) if images is None else np.unique(np.asarray(images), return_inverse=True)[1]
+    codes = _codes(delta, images)
     units = int(codes.max()) + 1 if len(codes) else 0
     if units < 2:
         return None
@@ -96,33 +121,37 @@ def together(parts: Sequence[Difference]) -> Difference | None:
     """The mean over benchmarks of their differences; benchmarks are independent of each other."""
     if not parts:
         return None
-    from scipy.stats import norm
+    from scipy.special import ndtr
 
     mean = float(np.mean([part.mean for part in parts]))
     stderr = math.sqrt(sum(part.stderr**2 for part in parts)) / len(parts)
-    p = float(2 * norm.sf(abs(mean) / stderr)) if stderr else 1.0 if mean == 0 else 0.0
+    p = float(2 * ndtr(-abs(mean) / stderr)) if stderr else 1.0 if mean == 0 else 0.0
     return Difference(mean, stderr, p, sum(part.n for part in parts), sum(part.units for part in parts), "z")
 
 
 def interval(a: np.ndarray, b: np.ndarray, images: Sequence[Any] | None = None) -> tuple[float, float]:
-    """The 95 % interval of mean(a - b) by paired bootstrap over images (percentiles, fixed seed)."""
-    from scipy.stats import bootstrap
+    """The 95 % interval of mean(a - b) by paired bootstrap over images (percentiles, fixed seed).
 
+    The draws are shared by all comparisons with as many images, so that thousands take seconds.
+    """
     delta = np.asarray(a, float) - np.asarray(b, float)
-    codes = np.arange(len(delta)) if images is None else np.unique(np.asarray(images), return_inverse=True)[1]
+    codes = _codes(delta, images)
     sums, sizes = np.bincount(codes, delta), np.bincount(codes).astype(float)
     if len(sums) < 2 or not delta.any():
         return float(delta.mean()), float(delta.mean())
-    found = bootstrap(
-        (sums, sizes),
-        lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    times = _draws(len(sums))
+    low, high = np.quantile((times @ sums) / (times @ sizes), [0.025, 0.975])
+    return float(low), float(high)
+
+
+@lru_cache(maxsize=16)
+def _draws(units: int) -> np.ndarray:
+    """(RESAMPLES, units) how often each unit is drawn."""
+    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
+
+
+def _codes(delta: np.ndarray, images: Sequence[Any] | None) -> np.ndarray:
+    return np.arange(len(delta)) if images is None else np.unique(np.asarray(images), return_inverse=True)[1]
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -151,13 +180,13 @@ def _clustered(delta: np.ndarray, codes: np.ndarray) -> tuple[float, float, floa
 
     What a regression on a constant gives with errors clustered by `codes`, without building one thousands of times.
     """
-    from scipy.stats import t
+    from scipy.special import stdtr
 
     mean = float(delta.mean())
     sums = np.bincount(codes, delta - mean)
     units = len(sums)
     stderr = float(np.sqrt(units / (units - 1) * (sums**2).sum()) / len(delta))
-    return mean, stderr, float(2 * t.sf(abs(mean) / stderr, units - 1)) if stderr else 0.0
+    return mean, stderr, float(2 * stdtr(units - 1, -abs(mean) / stderr)) if stderr else 0.0
 
 
 @cache
@@ -165,11 +194,3 @@ def _mcnemar(gained: int, lost: int) -> float:
     from statsmodels.stats.contingency_tables import mcnemar
 
     return float(min(1.0, mcnemar([[0, gained], [lost, 0]], exact=True).pvalue))
-
-
-def _images(rows: pd.DataFrame) -> np.ndarray | None:
-    """Each row's image; a row without a known one stands alone."""
-    if "image" not in rows or rows["image"].isna().all():
-        return None
-    alone = np.array([f"question {key}" for key in rows.index], dtype=object)
-    return np.where(rows["image"].isna(), alone, rows["image"].astype(object))

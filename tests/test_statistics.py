@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import ttest_rel, wilcoxon
+from scipy.stats import bootstrap, ttest_rel, wilcoxon
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -13,7 +13,7 @@ from statsmodels.stats.multitest import multipletests
 from pruneval.reports import statistics
 
 
-def answers(n=200, share=0.7, seed=0):
+def drawn(n=200, share=0.7, seed=0):
     return (np.random.default_rng(seed).random(n) < share).astype(float)
 
 
@@ -22,8 +22,12 @@ def frame(correct, images=None):
     return rows if images is None else rows.assign(image=images)
 
 
+def paired(first, second):
+    return statistics.paired(statistics.answers(first), statistics.answers(second))
+
+
 def test_right_or_wrong_is_tested_by_mcnemar():
-    a, b = answers(seed=1), answers(seed=2, share=0.5)
+    a, b = drawn(seed=1), drawn(seed=2, share=0.5)
     found = statistics.compare(a, b)
     table = [[((a == x) & (b == y)).sum() for y in (1, 0)] for x in (1, 0)]
     assert found.test == "mcnemar"
@@ -44,7 +48,7 @@ def test_fractions_are_tested_by_a_paired_t_test():
 def test_questions_about_one_image_are_clustered():
     draw = np.random.default_rng(3)
     images = np.repeat(np.arange(40), draw.integers(1, 9, 40))
-    a, b = answers(len(images), seed=4), answers(len(images), 0.6, seed=5)
+    a, b = drawn(len(images), seed=4), drawn(len(images), 0.6, seed=5)
     found = statistics.compare(a, b, images)
     fit = OLS(a - b, np.ones(len(a))).fit(cov_type="cluster", cov_kwds={"groups": images}, use_t=True)
     assert found.test == "clustered" and found.units == 40 and found.n == len(images)
@@ -52,7 +56,7 @@ def test_questions_about_one_image_are_clustered():
 
 
 def test_copies_of_a_question_add_no_evidence():
-    a, b = answers(60, seed=6), answers(60, 0.55, seed=7)
+    a, b = drawn(60, seed=6), drawn(60, 0.55, seed=7)
     once = statistics.compare(a, b, np.arange(60))
     tenfold = statistics.compare(np.repeat(a, 10), np.repeat(b, 10), np.repeat(np.arange(60), 10))
     assert tenfold.stderr == pytest.approx(once.stderr)
@@ -62,7 +66,7 @@ def test_copies_of_a_question_add_no_evidence():
 
 
 def test_identical_methods_are_never_told_apart():
-    a = answers()
+    a = drawn()
     for images in (None, np.arange(200) // 2):
         found = statistics.compare(a, a, images)
         assert (found.mean, found.stderr, found.p, found.detectable) == (0.0, 0.0, 1.0, 0.0)
@@ -75,10 +79,10 @@ def test_chance_is_found_in_one_of_twenty_repetitions():
     images = np.arange(240) // 3
     of_image = draw.random((300, 80))  # questions about one image go well or badly together
 
-    def drawn(at):
+    def of(at):
         return (draw.random(240) < np.repeat(of_image[at], 3)).astype(float)
 
-    hits = [statistics.compare(drawn(at), drawn(at), images).p < 0.05 for at in range(300)]
+    hits = [statistics.compare(of(at), of(at), images).p < 0.05 for at in range(300)]
     assert 0.02 < np.mean(hits) < 0.09
 
 
@@ -90,6 +94,16 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
         low, high = statistics.interval(a, b)
         inside += low <= 0.1 <= high
     assert 0.88 < inside / 120 <= 1.0
+
+
+def test_the_interval_is_scipys():
+    a, b, images = drawn(seed=13), drawn(share=0.6, seed=14), np.arange(200) // 2
+    sums, sizes = np.bincount(images, a - b), np.bincount(images)
+    theirs = bootstrap(
+        (sums, sizes), lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis), paired=True, method="percentile",
+        n_resamples=5000, rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    assert statistics.interval(a, b, images) == pytest.approx(tuple(theirs), abs=0.01)
 
 
 def test_holm_is_statsmodels():
@@ -108,15 +122,15 @@ def test_the_smallest_detectable_difference_is_detected_in_four_of_five():
 
 
 def test_samples_are_matched_by_question_and_prompt():
-    a, b = answers(50, seed=11), answers(50, seed=12)
-    found = statistics.paired(frame(a), frame(b).sample(frac=1, random_state=0))
+    a, b = drawn(50, seed=11), drawn(50, seed=12)
+    found = paired(frame(a), frame(b).sample(frac=1, random_state=0))
     assert found.mean == pytest.approx(a.mean() - b.mean()) and found.n == 50
     other = frame(b).assign(prompt_hash=["q"] * 10 + ["p"] * 40)
-    assert statistics.paired(frame(a), other).n == 40
-    assert statistics.paired(frame(a), frame(b).iloc[:0]) is None
+    assert paired(frame(a), other).n == 40
+    assert paired(frame(a), frame(b).iloc[:0]) is None
 
 
 def test_an_unknown_image_stands_alone():
     images = ["x", "x", None, None, "y"]
-    found = statistics.paired(frame([1.0, 1, 0, 1, 0], images), frame([0.0, 1, 1, 1, 1], images))
+    found = paired(frame([1.0, 1, 0, 1, 0], images), frame([0.0, 1, 1, 1, 1], images))
     assert found.units == 4

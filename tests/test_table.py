@@ -12,6 +12,7 @@ from pruneval.harness.spec import RunSpec
 from pruneval.reports.comparison import comparison, comparisons
 from pruneval.reports.differences import differences
 from pruneval.reports.markdown import to_markdown
+from pruneval.reports.statistics import answers
 
 SPEC = RunSpec(
     model="pocket-llava", revision="0123456789ab", method="vanilla", params={}, given={}, benchmark="pocket-mme",
@@ -129,7 +130,7 @@ def answered(method, right, avg_in, n=240, benchmark="pocket-gqa", **params):
     """A record and its samples: `right` lists the numbers of the questions answered rightly."""
     one = record(len(right) / n, benchmark=benchmark, method=method, params=params, avg_in=avg_in)
     correct = [float(number in right) for number in range(n)]
-    return one, pd.DataFrame({"doc_id": range(n), "prompt_hash": "p", "correct": correct, "image": None})
+    return one, answers(pd.DataFrame({"doc_id": range(n), "prompt_hash": "p", "correct": correct, "image": None}))
 
 
 def judged(*pairs):
