@@ -130,6 +130,11 @@ class Asked:
         seen = probe.seen[0]
         if not seen["tiles"]:  # patches of images of any size: the tiles are the images
             seen["tiles"] = [np.asarray(image.convert("RGB")) / 255 for image in self.model.pictures(self.instance)]
+        shown = int(np.nanmax(seen["boxes"][:, 0], initial=-1)) + 1
+        if not shown or shown > len(seen["tiles"]):
+            raise UserError(
+                f"the pixels behind this question's {shown} tiles are not at hand for {self.loaded.entry.name}"
+            )
         return answer, seen
 
 

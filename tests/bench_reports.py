@@ -1,4 +1,4 @@
-"""Time to render 2,000 records with 100,000 sample rows, tested and as one HTML page.."""
+"""Time to render 2,000 records with 100,000 sample rows, tested and as one HTML page."""
 
 from __future__ import annotations
 
