@@ -19,7 +19,7 @@ def plan(cells: Iterable[Cell], out: Path) -> list[str]:
         if row.name not in seen:
             seen.add(row.name)
             lines.append(f"{row.name}: {_needs(cell)}")
-        asked = min(spec.limit or row.n, row.n)
+        asked = min(spec.limit * len(row.tasks), row.n) if spec.limit else row.n  # a limit holds for every part
         done = "done before" if (out / spec.hash / "record.json").exists() else "to run"
         lines.append(f"  {spec.method_signature} on {spec.model}: {asked} questions, {done} ({spec.hash})")
     return lines

@@ -95,6 +95,12 @@ PUBLISHED = {
     },
     ("mmvet", "test"): {"question_id": S, "image": IMAGE, "question": S, "answer": S, "image_source": S,
                         "capability": S},
+    ("videomme", "test"): {
+        "video_id": S, "duration": S, "domain": S, "sub_category": S, "url": S, "videoID": S, "question_id": S,
+        "task_type": S, "question": S, "options": TEXTS, "answer": S,
+    },
+    ("mvbench", "moving_direction"): {"video": S, "question": S, "candidates": TEXTS, "answer": S},
+    ("video_qa", "test"): {"video_name": S, "question_id": S, "question": S, "answer": S},
     ("llava_bench", "train"): {
         "question_id": I64, "image": IMAGE, "question": S, "caption": S, "image_id": S, "gpt_answer": S, "category": S,
     },
@@ -130,7 +136,8 @@ def _plain(kind: pa.DataType) -> object:
 
 def test_each_row_says_how_many_questions_there_are():
     for row in POCKET:
-        assert row.n == table(row.dataset, row.split).num_rows >= (200 if row.name in tasks.suite("pocket") else 60)
+        rows = sum(table(row.dataset, part).num_rows for part in row.parts or (row.split,))
+        assert row.n == rows >= (200 if row.name in tasks.suite("pocket") else 60)
 
 
 @pytest.mark.parametrize("name", editions.names())
@@ -142,7 +149,7 @@ def test_an_edition_is_the_same_every_time(name: str, tmp_path, monkeypatch: pyt
     again = editions.ensure(name)
     assert again != folder
     assert json.loads((again / "manifest.json").read_text()) == manifest
-    for part in manifest["rows"]:
+    for part in set(manifest["rows"]) - {"videos"}:
         assert pq.read_table(again / f"{part}.parquet").equals(pq.read_table(folder / f"{part}.parquet"))
     assert sorted(path.name for path in again.parent.iterdir()) == [name], "drafts were left behind"
 
@@ -156,7 +163,16 @@ def test_the_content_is_pinned():
 def test_every_edition_has_a_row_and_every_column_its_task_reads():
     assert {row.dataset for row in POCKET} == set(editions.names())
     for row in POCKET:
-        assert set(row.columns) <= set(table(row.dataset, row.split).column_names) | {"image"}
+        assert set(row.columns) <= set(table(row.dataset, (*row.parts, row.split)[0]).column_names)
+
+
+def test_every_question_about_a_video_has_its_file():
+    for row in POCKET:
+        if row.videos:
+            folder = editions.ensure(row.dataset)
+            rows = [one for part in row.parts or (row.split,) for one in table(row.dataset, part).to_pylist()]
+            paths = {folder / row.video_path(one) for one in rows}
+            assert all(path.is_file() or path.with_suffix(".mp4").is_file() for path in paths)
 
 
 def test_the_digest_sees_a_changed_picture_and_not_a_changed_bit():
@@ -222,17 +238,19 @@ def test_textvqa_has_ten_people_most_of_whom_agree():
 
 
 def test_scenes_are_never_those_of_training(monkeypatch: pytest.MonkeyPatch):
-    from pruneval.tasks.pocket import benches_choice, benches_judged, benches_open, items
+    from pruneval.tasks.pocket import benches_choice, benches_judged, benches_open, benches_video, items
 
     splits = Counter()
-    real = items.draw
 
-    def spy(rng, split, count=None):
-        splits[split] += 1
-        return real(rng, split, count)
+    def spy(real):
+        def draw(rng, split, *more):
+            splits[split] += 1
+            return real(rng, split, *more)
 
-    for module in (items, benches_choice, benches_judged, benches_open):
-        monkeypatch.setattr(module, "draw", spy)
+        return draw
+
+    for module in (items, benches_choice, benches_judged, benches_open, benches_video):
+        monkeypatch.setattr(module, "draw", spy(module.draw))
     for name in editions.names():
         editions.rows(name)
     assert set(splits) == {"test", "heldout"}
