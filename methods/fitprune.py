@@ -17,13 +17,10 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from pruneval.methods.base import Attention, Card, Method, MethodError, Needs, Reduction, Shape, Step, strongest, torch
 from pruneval.methods.recipe import read_recipe
-
-PUBLISHED = Path(__file__).parent / "data" / "fitprune_llava-1.5-7b.json"
 
 
 @dataclass(frozen=True)
@@ -111,8 +108,7 @@ class FitPrune(Method):
     @functools.cached_property
     def _table(self) -> tuple[int, int, list[tuple[float, list[int]]]]:
         """Layers, tokens, and (reduction, what enters each layer), by falling budget."""
-        path = str(PUBLISHED) if self.recipe == "llava-1.5-7b" else self.recipe
-        data = read_recipe("fitprune", path)
+        data = read_recipe("fitprune", self.recipe)
         try:
             layers, tokens = int(data["layers"]), int(data["tokens"])
             rows = [(float(ratio) / 100, [int(d) for d in deleted]) for ratio, deleted in data["deleted"].items()]

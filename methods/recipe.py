@@ -1,4 +1,8 @@
-"""Reading what a search wrote: a small JSON file whose path is a method's `recipe` parameter."""
+"""Reading what a search wrote: a small JSON file whose path is a method's `recipe` parameter.
+
+Some come with the package, in `data/<method>_<name>.json`: those of pocket-llava were found by `pruneval search` on its
+training scenes, FitPrune's for LLaVA-1.5-7B are the authors'.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,17 @@ from typing import Any
 
 from pruneval.methods.step import MethodError, Shape
 
+SHIPPED = Path(__file__).parent / "data"
+
 
 def read_recipe(name: str, path: str) -> dict[str, Any]:
-    """What a search wrote. Raises: MethodError when the file can't be read."""
+    """What a search wrote; a name without ".json" is that of a recipe that comes with the package.
+
+    Raises: MethodError when the file can't be read.
+    """
+    shipped = SHIPPED / f"{name}_{path}.json"
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads((shipped if shipped.exists() else Path(path)).read_text())
     except (OSError, ValueError) as error:
         raise MethodError(f"{name}: can't read the recipe {path}: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

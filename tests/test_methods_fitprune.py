@@ -12,7 +12,8 @@ from steps import Rows, shape, step
 
 from pruneval import methods
 from pruneval.methods import MethodError
-from pruneval.methods.fitprune import PUBLISHED, received
+from pruneval.methods.fitprune import received
+from pruneval.methods.recipe import SHIPPED
 
 DELETED = {10: 66, 20: 149, 30: 264, 40: 336, 50: 403, 55: 424, 60: 449, 70: 488, 80: 514, 90: 539}
 
@@ -20,7 +21,7 @@ DELETED = {10: 66, 20: 149, 30: 264, 40: 336, 50: 403, 55: 424, 60: 449, 70: 488
 @pytest.mark.parametrize("ratio, deleted", DELETED.items())
 def test_shipped_recipes(ratio, deleted):
     """Each layer deletes what the table says; the last one's deletion would change nothing and is never made."""
-    row = json.loads(PUBLISHED.read_text())["deleted"][str(ratio)]
+    row = json.loads((SHIPPED / "fitprune_llava-1.5-7b.json").read_text())["deleted"][str(ratio)]
     declared = methods.build("fitprune", {"keep": 1 - ratio / 100}).schedule(shape(), 576)
     assert declared[0] == 576 and declared[-1] == 576 - deleted == 576 - sum(row)
     assert [a - b for a, b in itertools.pairwise(declared)] == row[:-1]
