@@ -99,13 +99,13 @@ class Projector:
 
     @property
     def linear(self) -> int:
-        """Multiply-adds per token that enters."""
-        return self.copies * (self.inputs * self.middle + self.middle * self.outputs)
+        """Multiply-adds per token that enters one of them."""
+        return self.inputs * self.middle + self.middle * self.outputs
 
     @property
     def params(self) -> int:
-        """Parameters, biases and norms included."""
-        return self.linear + self.copies * (self.middle + self.outputs) + self.norm
+        """Parameters of all of them, biases and norms included."""
+        return self.copies * (self.linear + self.middle + self.outputs) + self.norm
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def ledger(dimensions: Dimensions, lengths: Lengths) -> Ledger:
         dimensions: the model.
         lengths: tokens that enter each vision layer, the projector and each decoder layer, and the count of new ones.
     """
-    vision, decoder = dimensions.vision, dimensions.decoder
+    vision, projector, decoder = dimensions.vision, dimensions.projector, dimensions.decoder
     if len(lengths.vision) != vision.layers or len(lengths.visual) != decoder.layers:
         raise ValueError(
             f"{dimensions.name} has {vision.layers} vision and {decoder.layers} decoder layers; "
@@ -127,7 +127,8 @@ def ledger(dimensions: Dimensions, lengths: Lengths) -> Ledger:
         patch_embedding=lengths.patches * vision.patch_values * vision.hidden,
         vision_linear=vision.projections * sum(seen) + vision.feed * sum(lengths.fed or seen),
         vision_attention=2 * vision.width * sum(k * n * n for groups in lengths.vision for k, n in groups),
-        projector=dimensions.projector.linear * lengths.projector,
+        # copies stand behind layers inside the tower, which see all of it
+        projector=projector.linear * (lengths.projector + (projector.copies - 1) * (seen[-1] // projector.merge)),
         helpers=sum(work.macs for work in lengths.helpers),
         scoring=sum(work.macs for work in lengths.scoring),
         llm_linear=decoder.linear * sum(tokens),
