@@ -273,7 +273,7 @@ def listing(what: str) -> list[dict[str, Any]]:
     if what == "suites":
         return [{"name": name, "benchmarks": list(of), "summary": ", ".join(of)} for name, of in tasks.suites().items()]
     if what == "layouts":
-        from pruneval.reports import layouts
+        from pruneval.reports import layout as layouts
 
         return [{"name": name, "summary": layouts.load(name).title} for name in layouts.names()]
     known = tasks.benchmarks().values()

@@ -85,7 +85,7 @@ def _comparisons(out: Path, drawn: bool) -> tuple[list[Table], dict[str, str]]:
 
 
 def _layouts(args: argparse.Namespace) -> tuple[list[Table], dict[str, str]]:
-    from pruneval.reports import layouts
+    from pruneval.reports import layout as layouts
     from pruneval.reports.filled import fill
 
     names = [args.layout]

@@ -61,8 +61,8 @@ def differences(records: Iterable[RunRecord], samples: Samples) -> Table | None:
             cells.append(_detectable(overall))
             rows.append(Row(entry.name, tuple(cells), group.title))
     short = [Column(table[name].title, group="right answers, points over vanilla") for name in names]
-    overall = Column("all benchmarks", group="right answers, points over vanilla")
-    columns = (*short, overall, Column("to the best of its budget"), Column("smallest detectable (80 %)"))
+    total = Column("all benchmarks", group="right answers, points over vanilla")
+    columns = (*short, total, Column("to the best of its budget"), Column("smallest detectable (80 %)"))
     pocket = records[0].spec.edition == "pocket"
     title = f"{records[0].spec.model}: which differences are more than chance{' (pocket)' if pocket else ''}"
     return Table(title, "method", columns, tuple(rows), _notes(to_base), pocket)

@@ -30,7 +30,7 @@ AXES = {
     "avg_in": "visual tokens per layer (avg_in)",
     "relative": "score relative to vanilla (%)",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "pruneval", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": INK, "figure.dpi": 100,
 }  # fmt: skip

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from pruneval.harness.records import RunRecord
 from pruneval.reports.join import Found, Join
-from pruneval.reports.layouts import DOUBT, Layout, Printed, printed
+from pruneval.reports.layout import DOUBT, Layout, Line, Printed, printed
 from pruneval.reports.table import SECOND, Cell, Column, Row, Table, ranked
 
 SHOW = ("ours", "published", "both", "difference")
@@ -69,7 +70,7 @@ def _cell(ours: Found, theirs: Printed | None, show: str, signed: bool) -> Cell:
     if show == "ours":
         return mine
     other = _published(theirs)
-    behind = {
+    behind: dict[str, Any] = {
         "notes": tuple(dict.fromkeys(mine.notes + other.notes)),
         "mark": other.mark,
         "signatures": mine.signatures + other.signatures,
@@ -107,8 +108,8 @@ def _text(value: float, theirs: Printed | None, ours: Found, signed: bool) -> st
     return f"{sign}{value:.3g}" if ours.digits is None else f"{sign}{value:.{ours.digits}f}"
 
 
-def _signed(layout: Layout, row: object, column: object) -> bool:
-    return str(layout.address(row, column).get("metric", "")).endswith("_delta_pct")  # type: ignore[arg-type]
+def _signed(layout: Layout, row: Line, column: Line) -> bool:
+    return str(layout.address(row, column).get("metric", "")).endswith("_delta_pct")
 
 
 def _direction(better: str) -> bool | None:

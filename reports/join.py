@@ -9,7 +9,7 @@ from typing import Any
 
 from pruneval.harness.records import RunRecord
 from pruneval.reports.entries import REFERENCE
-from pruneval.reports.layouts import Layout, Line
+from pruneval.reports.layout import Layout, Line
 from pruneval.tasks import Benchmark, benchmarks
 
 MODELS = {"llava-onevision-7b": "llava-ov-7b"}

@@ -96,7 +96,7 @@ def matched(first: Answers, second: Answers) -> tuple[np.ndarray, np.ndarray, np
     return first.correct[mine], second.correct[theirs], None if first.image is None else first.image[mine]
 
 
-def compare(a: np.ndarray, b: np.ndarray, images: Sequence[Any] | None = None) -> Difference | None:
+def compare(a: np.ndarray, b: np.ndarray, images: Sequence[Any] | np.ndarray | None = None) -> Difference | None:
     """The same for two arrays (n,) in the same order; `images` (n,) names each question's image, or None.
 
     Exact McNemar where answers are right or wrong and no image repeats; a t test with errors clustered by image where
@@ -129,7 +129,7 @@ def together(parts: Sequence[Difference]) -> Difference | None:
     return Difference(mean, stderr, p, sum(part.n for part in parts), sum(part.units for part in parts), "z")
 
 
-def interval(a: np.ndarray, b: np.ndarray, images: Sequence[Any] | None = None) -> tuple[float, float]:
+def interval(a: np.ndarray, b: np.ndarray, images: Sequence[Any] | np.ndarray | None = None) -> tuple[float, float]:
     """The 95 % interval of mean(a - b) by paired bootstrap over images (percentiles, fixed seed).
 
     The draws are shared by all comparisons with as many images, so that thousands take seconds.
@@ -150,7 +150,7 @@ def _draws(units: int) -> np.ndarray:
     return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), RESAMPLES).astype(float)
 
 
-def _codes(delta: np.ndarray, images: Sequence[Any] | None) -> np.ndarray:
+def _codes(delta: np.ndarray, images: Sequence[Any] | np.ndarray | None) -> np.ndarray:
     return np.arange(len(delta)) if images is None else np.unique(np.asarray(images), return_inverse=True)[1]
 
 

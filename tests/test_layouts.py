@@ -11,7 +11,7 @@ import pytest
 
 from pruneval.harness.errors import UserError
 from pruneval.harness.records import RunRecord, RunSpec
-from pruneval.reports import layouts
+from pruneval.reports import layout as layouts
 from pruneval.reports.filled import HOLE, SHOW, fill
 from pruneval.reports.markdown import to_markdown
 

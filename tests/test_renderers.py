@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pruneval.reports import delimited, html, latex, layouts
+from pruneval.reports import delimited, html, latex
+from pruneval.reports import layout as layouts
 from pruneval.reports.filled import fill
 from pruneval.reports.markdown import to_markdown
 from pruneval.reports.table import Cell, Column, Row, Table, ranked
@@ -93,6 +94,7 @@ def test_latex_of_every_layout_is_balanced(show):
     text = latex.document([fill(layouts.load(name), [], show) for name in layouts.names()])
     assert text.isascii()
     open_now: list[str] = []
+    wide = 0
     for line in text.splitlines():
         code = re.split(r"(?<!\\)%", line)[0]
         for kind, name in re.findall(r"\\(begin|end)\{(\w+)\}", code):

@@ -121,7 +121,7 @@ def printed(layout: Layout, row: Line, column: Line) -> Printed | None:
     if not layout.table:
         return None
     address = layout.address(row, column)
-    key = tuple(address.get(part) for part in ("model", "method", "metric"))
+    key = (str(address.get("model")), str(address.get("method")), str(address.get("metric")))
     found = _numbers(layout.table).get(key, {})
     if "setting" in address:
         return found.get(str(address["setting"]))
