@@ -123,6 +123,17 @@ def preview(benchmark: Benchmark, loaded: Any, limit: int | None = None) -> list
         return found
 
 
+def instances_of(benchmark: Benchmark, count: int, lm: Any) -> list[Any]:
+    """lmms-eval's requests of the first questions of every part; `lm` knows the data afterwards."""
+    with quiet(), judging(benchmark, None):
+        found: list[Any] = []
+        for task in build_tasks(benchmark):
+            lm.task_dict[task.config.task] = task.dataset
+            task.build_all_requests(limit=count)
+            found += task.instances
+        return found
+
+
 def build_task(benchmark: Benchmark) -> Any:
     """The first of `build_tasks`: the only one, unless the benchmark has parts."""
     with quiet(), judging(benchmark, None):

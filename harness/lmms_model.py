@@ -162,6 +162,14 @@ class PrunevalModel(lmms):
         """The exact text the processor gets for each request."""
         return [self._encode([self._request(instance)], decode=False)[0][0] for instance in requests]
 
+    def ask(self, instance: Instance, session: Any) -> dict[str, Any]:
+        """The row of one question, asked by itself within a session."""
+        return self._generate([self._request(instance)], session)[0]
+
+    def pictures(self, instance: Instance) -> list[Any]:
+        """The images of one question, as they come."""
+        return self._encode([self._request(instance)])[1][0]
+
     def _request(self, instance: Instance) -> _Request:
         context, build, options, doc_id, task, split = instance.args
         rows = self.task_dict[task][split]
