@@ -14,8 +14,7 @@ one last, with compact positions.
 
 Here every tile has its own count (the code takes quartiles over a batch) or its share of the budget, the extra token
 included; newlines go. Without a CLS token, a is what a token receives on average on that map. Where several cells
-become one token, a and keys are averaged and x is all of them side by side; where cells are resampled, so are all
-three.
+become one token, a and keys are averaged, x is all side by side; where cells are resampled, so are all three.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ ROWS = 1024  # of the single-head map held at once
 
 @dataclass(frozen=True)
 class PruMerge(Method):
-    """Keeps a fraction `keep` of each tile's tokens (`count=keep`), or as many as stand out (`count=outliers`).
-
-    `order` is score or raster.
+    """Keeps a fraction `keep` of each tile's tokens (`count=keep`), or as many as stand out (`count=outliers`); `order`
+    is score or raster.
     """
 
     card: ClassVar[Card] = Card(
@@ -85,18 +83,15 @@ class PruMerge(Method):
         if self.count == "keep" and total >= step.total:
             return None
         (weight, keys), x, parts = single_head(step), tower_features(step), []
-        areas = [tile.tokens for tile in tiles(step) if len(tile.tokens)]
+        free, areas = self.count == "outliers", [tile.tokens for tile in tiles(step) if len(tile.tokens)]
         for mine, share in zip(areas, spread(total, [len(area) for area in areas]), strict=True):
-            if self.count == "outliers":
-                chosen = self.select(weight[mine], None)
-            elif 0 < share < len(mine):
-                chosen = self.select(weight[mine], share - 1)
-            else:
-                chosen = torch.arange(min(share, len(mine)), device=mine.device)
-            if self.order == "raster":
-                chosen = chosen.sort().values
-            if share == 0 and self.count == "keep":
+            if not share and not free:
                 continue
+            if free or share < len(mine):
+                chosen = self.select(weight[mine], None if free else share - 1)
+            else:
+                chosen = torch.arange(share, device=mine.device)
+            chosen = chosen.sort().values if self.order == "raster" else chosen
             made, values = torch.zeros_like(chosen, dtype=torch.bool), None
             if len(chosen) < len(mine):
                 values = step.vision.project(absorb(x[mine], keys[mine], weight[mine], chosen))
