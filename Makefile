@@ -49,8 +49,9 @@ report: setup  ## print every table of runs/
 tables: setup  ## the comparison of runs/ as Markdown, LaTeX, HTML and CSV; also OUT=
 	@$(BIN)/pruneval report --out '$(OUT)' --format all
 
-pocket: setup  ## train pocket-llava again, from nothing
+pocket: setup  ## train pocket-llava again, from nothing, and pocket-onevision from it
 	$(BIN)/python -m pruneval.tasks.pocket.train
+	$(BIN)/python -m pruneval.tasks.pocket.onevision.train
 
 types: setup  ## check the types
 	@mkdir -p .types/pruneval && for room in harness methods tasks reports; do ln -sfn ../../$$room .types/pruneval/$$room; done

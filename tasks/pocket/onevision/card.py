@@ -16,7 +16,7 @@ from pruneval.tasks.pocket.card import Curve, minutes, steps, table
 from pruneval.tasks.pocket.onevision.evaluate import OTHER, Figures
 from pruneval.tasks.pocket.questions import SKILLS
 
-NUMBER = 300
+NUMBER = 100
 """Images, and clips, behind the figures of the card."""
 
 IMAGE_SKILLS = list(SKILLS)
@@ -38,6 +38,10 @@ two-layer projector, Qwen2 decoder) with its own word-level tokenizer and a stoc
 can be run, tested and compared end to end on a CPU, and knows nothing but the pocket world of this project: 96 x 96
 pictures with one to five small shapes and digits, and clips of eight frames in which one of them moves, or in which
 they appear one after another.
+
+Read the tables before using it: a skill that the model answers no better than by chance cannot tell methods apart, and
+its training was cut short (see below), so there are such skills. Chance is one in four for positions and directions,
+one in two for yes/no questions, and one in two to four for multiple choice.
 
 | Part | Dimensions |
 |---|---|
@@ -92,7 +96,7 @@ and Qwen2 differ in the biases of queries, keys and values, which begin at zero)
 1. Tower ({vision_steps} steps of {vision_views} views: whole images, crops, frames): each patch names kind and colour
    of what it holds, and its row and column in the view.
 2. Alignment ({align_steps} steps): what the projector makes of a patch becomes what pocket-llava's makes of the same
-   place or thing. The tower is frozen from here on.
+   place or thing; patches of whole views also point at the words for their place. The tower is frozen from here on.
 3. Decoder ({language_steps} steps of {images} images, {films} clips and {pairs} pairs of images, from pools of
    {pool_images} images and {pool_films} clips, 9 or 10 questions each): the loss counts answers, and attributes in
    captions. The questions about an image share a sequence, but each sees the image and itself only.

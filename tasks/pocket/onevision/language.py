@@ -79,47 +79,77 @@ def shown(things: Sequence[Scene] | Sequence[Clip]) -> Tensor:
 
 
 @torch.no_grad()
-def _teacher(llava: LlavaForConditionalGeneration, scenes: list[Scene]) -> Tensor:
-    """What pocket-llava's projector makes of each cell's place, or of the thing it holds: (n, 320, 160)."""
-    out = llava.model.vision_tower(
-        vision.pixels(np.stack([world.render(s) for s in scenes])), output_hidden_states=True
-    )
-    patches = llava.model.multi_modal_projector(out.hidden_states[vision.FEATURE][:, 1:])
+def _lessons(
+    llava: LlavaForConditionalGeneration, places: dict[str, Tensor], images: Pool, number: int, ground: int,
+    rng: np.random.Generator,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Cells that hold things, and ``ground`` others per image: features, goals, which hold.
+
+    The goal of a cell that holds a thing is the mean of pocket-llava's projected patches that hold it, plus, in the
+    whole view, the vectors ``places`` for where it is; that of another, pocket-llava's patch at its place.
+    """
     near = (np.arange(CELLS) * 2 + 1) * world.GRID // (2 * CELLS)
     fine = (np.arange(2 * CELLS) * 2 + 1) * world.GRID // (4 * CELLS)
     at = [np.add.outer(near * world.GRID, near).ravel()]
     at += [np.add.outer(fine[r : r + CELLS] * world.GRID, fine[c : c + CELLS]).ravel() for r in (0, 8) for c in (0, 8)]
-    goal = patches[:, np.concatenate(at)].clone()
-    for i, scene in enumerate(scenes):
-        held = np.concatenate([coverage(boxes(scene), view).reshape(-1, VIEW) for view in range(5)], axis=1)
-        for thing, cover in zip(scene.things, held, strict=True):
-            goal[i, cover >= HOLDS] = patches[i, list(world.patches(thing))].mean(0)
-    return goal
+    place = np.concatenate(at)
+    features, goals, holds = [], [], []
+    for first in range(0, number, 64):
+        scenes = images.things[first : first + 64]
+        out = llava.model.vision_tower(
+            vision.pixels(np.stack([world.render(s) for s in scenes])), output_hidden_states=True
+        )
+        patches = llava.model.multi_modal_projector(out.hidden_states[vision.FEATURE][:, 1:])
+        for i, scene in enumerate(scenes):
+            cover = np.concatenate([coverage(boxes(scene), view).reshape(-1, VIEW) for view in range(5)], axis=1)
+            empty = rng.permutation(np.nonzero(cover.max(0) == 0)[0])[:ground]
+            cells, goal = [empty], [patches[i, place[empty]]]
+            for thing, held in zip(scene.things, cover, strict=True):
+                mine = np.nonzero(held >= HOLDS)[0]
+                cells.append(mine)
+                own = patches[i, list(world.patches(thing))].mean(0).repeat(len(mine), 1)
+                own[torch.from_numpy(mine < VIEW)] += sum(
+                    places[word] for word in (thing.vertical, thing.horizontal) if word
+                )  # fmt: skip
+                goal.append(own)
+            chosen = np.concatenate(cells)
+            features.append(images.features[first + i, chosen])
+            goals.append(torch.cat(goal))
+            holds.append(torch.arange(len(chosen)) >= len(empty))
+    return torch.cat(features), torch.cat(goals), torch.cat(holds)
 
 
-def align(model: Model, llava: LlavaForConditionalGeneration, images: Pool, steps: int, seed: int, log: Log) -> None:
-    """Fit the projector: what it makes of a cell should be what pocket-llava's makes of the same place or thing."""
-    number = min(1024, len(images.things))
-    goals = torch.cat([_teacher(llava, images.things[i : i + 64]).half() for i in range(0, number, 64)])
+def align(
+    model: Model, writer: Writer, llava: LlavaForConditionalGeneration, images: Pool, steps: int, seed: int, log: Log
+) -> None:
+    """Fit the projector: what it makes of a cell should be what pocket-llava's makes of the same place or thing.
+
+    Pocket-llava's decoder reads the place of a thing off the number of its token, which is another one here; so cells
+    of the whole view also point at the words for their place. Differences are measured in units of the spread of
+    things in every direction, so that place counts as much as kind and colour.
+    """
+    rng = np.random.default_rng([seed, 3])
+    table = model.model.language_model.embed_tokens.weight.detach()
+    words = {word: table[writer.encode(word)[0]] for word in ("top", "bottom", "left", "right")}
+    size = table[[writer.encode(word)[0] for word in world.COLOURS]].norm(dim=-1).mean()
+    places = {word: 4 * size * F.normalize(vector, dim=0) for word, vector in words.items()}
+    features, goals, holds = _lessons(llava, places, images, min(768, len(images.things)), 16, rng)
+    things = goals[holds] - goals[holds].mean(0)
+    values, vectors = torch.linalg.eigh(things.T @ things / len(things))
+    unit = vectors / (values + 0.01 * values.mean()).sqrt()
     projector = model.model.multi_modal_projector
-    spread = goals.float().flatten(0, 1).std(0).mean() ** 2
-    optimiser = torch.optim.AdamW(projector.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(projector.parameters(), lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(steps):
-        rng = np.random.default_rng([seed, 3, step])
-        rows = rng.integers(number, size=32)
-        weights = np.full((32, 5 * VIEW), 0.05, np.float32)
-        for r, i in enumerate(rows.tolist()):
-            for view in range(5):
-                held = coverage(boxes(images.things[i]), view).max(0).ravel() >= HOLDS
-                weights[r, view * VIEW : (view + 1) * VIEW][held] = 1
-        off = (projector(images.features[rows].float()) - goals[rows].float()).pow(2).mean(-1) / spread
-        loss = (off * torch.from_numpy(weights)).sum() / float(weights.sum())
-        optimiser.param_groups[0]["lr"] = 2e-3 * min(1, (step + 1) / 20, 0.02 + (steps - step) / (0.5 * steps))
+        rows = torch.from_numpy(rng.integers(len(features), size=3072))
+        off = ((projector(features[rows].float()) - goals[rows]) @ unit).pow(2).mean(-1)
+        held = off[holds[rows]].mean()
+        loss = held + 0.2 * off[~holds[rows]].mean()
+        optimiser.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, 0.01 + (steps - step) / (0.7 * steps))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            log({"stage": "align", "step": step + 1, "loss": loss.item()})
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            log({"stage": "align", "step": step + 1, "loss": loss.item(), "things": held.item()})
 
 
 def hidden(model: Model, pack: Pack, features: Tensor) -> Tensor:
@@ -201,7 +231,7 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
     """One step's rows: images, clips and pairs of images."""
     rng = np.random.default_rng([seed, 5, step])
     part = step / course.steps
-    caption = int(part < 0.35 or rng.random() < 0.3)
+    caption = int(part < 0.5 or rng.random() < 0.3)
     made: Batch = []
 
     def add(
@@ -229,7 +259,7 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
     ]
     held = [packing.image_tokens(s) for s in scenes]
     bare = size == 64 and rng.random() < course.bare
-    add("image", chosen, rows, held, size, not bare and rng.random() < course.partial, bare, 0.45)
+    add("image", chosen, rows, held, size, not bare and rng.random() < course.partial, bare, 0.4)
 
     chosen = rng.integers(len(films.things), size=course.films)
     shown = [films.things[i] for i in chosen]
@@ -240,7 +270,7 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
     size = 129 if part > course.ending or rng.random() < 0.6 else 64
     bare = part <= course.ending and rng.random() < course.bare
     held = [packing.clip_tokens(c) for c in shown]
-    add("clip", chosen, rows, held, size, size < 129 and not bare and rng.random() < course.partial, bare, 0.42)
+    add("clip", chosen, rows, held, size, size < 129 and not bare and rng.random() < course.partial, bare, 0.52)
 
     chosen = rng.integers(len(images.things), size=(course.pairs, 2))
     rows, held = [], []
@@ -249,7 +279,7 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
         asked = [q for _ in range(9) if (q := packing.ask_two((scenes[0], scenes[1]), rng))]
         rows.append([writer.question(q) for q in asked])
         held.append(packing.two_tokens(scenes[0], scenes[1]))
-    add("two", chosen, rows, held, 130, False, False, 0.13)
+    add("two", chosen, rows, held, 130, False, False, 0.08)
     return made
 
 
@@ -281,8 +311,8 @@ def teach(
         optimisers.step(step)
         recent.append(losses)
         last = step + 1 == course.steps
-        if (step + 1) % 75 == 0 or last:
-            parts = dict(zip(("loss", "video loss", "pair loss"), np.mean(recent[-75:], axis=0).tolist(), strict=True))
+        if step == 0 or (step + 1) % 50 == 0 or last:
+            parts = dict(zip(("loss", "video loss", "pair loss"), np.mean(recent[-50:], axis=0).tolist(), strict=True))
             seen = answers_right(model, writer, *tests, seed)
             log({"stage": course.name, "step": step + 1, "seconds": round(time.time() - start), **parts, **seen})
         if (step + 1) % 25 == 0 or last:

@@ -166,7 +166,7 @@ def clip_blocks(writer: Writer, clip: Clip, rng: np.random.Generator, number: in
         question = clips.ask(clip, rng, str(rng.choice(clips.SKILLS)))
         if question is None:
             continue
-        if rng.random() < (0.7 if question.answer in ("yes", "no") else 0.5):
+        if rng.random() < (0.8 if question.answer in ("yes", "no") else 0.65):
             found.append(writer.asked(prompts.gqa(question), question.answer))
             continue
         prompt = (video_prompts.mvbench, video_prompts.videomme)[int(rng.integers(2))]
