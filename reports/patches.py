@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -101,7 +102,7 @@ def draw(on: Canvas, shown: Sequence[Shown], question: str, reference: str = "",
     for row, one in zip(panels, shown, strict=False):
         row[0].imshow(on.picture)
         row[0].axis("off")
-        row[0].set_title(f"{one.label}\n{one.answer!r}", fontsize=8)
+        row[0].set_title(textwrap.fill(f"{one.label} {one.answer!r}", 48), fontsize=8)
         for panel, stage in zip(row[1:], one.stages, strict=False):
             kept = int((stage.state != DROPPED).sum())
             merged = int((stage.state == MERGED).sum())
@@ -109,7 +110,7 @@ def draw(on: Canvas, shown: Sequence[Shown], question: str, reference: str = "",
             _panel(panel, on, [VEIL if s == DROPPED else TINTS.get(s) for s in stage.state], title)
     if len(shown) == 2:
         _overlap(panels[-1], on, shown)
-    head = f"{question}\nunpruned: {reference!r}" + (f"; right: {gold!r}" if gold else "")
+    head = f"{textwrap.fill(question, 110)}\nunpruned: {reference!r}" + (f"; right: {gold!r}" if gold else "")
     figure.suptitle(head, fontsize=9)
     return figure
 
