@@ -88,7 +88,7 @@ def test_parameters_and_shape_follow_from_the_config(family):
 @pytest.mark.parametrize("family", subjects.FAMILIES)
 def test_the_cache_holds_what_the_formula_says(family, name):
     """After the prefill and after three tokens, layer by layer, in bytes; and no tensor is a view of a larger one."""
-    model, decoder, method = subjects.tiny(family), _dimensions(family).decoder, _method(family, name)
+    model, decoder, method = _adapter(family, "sdpa").model, _dimensions(family).decoder, _method(family, name)
     sample = _sample(family)
     with torch.no_grad(), pruned(model, method, adapter=_adapter(family, "sdpa")) as session:
         cache = model(**sample, logits_to_keep=1).past_key_values
