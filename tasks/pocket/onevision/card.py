@@ -97,7 +97,7 @@ and Qwen2 differ in the biases of queries, keys and values, which begin at zero)
    of what it holds, and its row and column in the view.
 2. Alignment ({align_steps} steps): what the projector makes of a patch becomes what pocket-llava's makes of the same
    place or thing; patches of whole views also point at the words for their place. The tower is frozen from here on.
-3. Decoder ({language_steps} steps of {images} images, {films} clips and {pairs} pairs of images, from pools of
+3. Decoder ({language_steps} steps of {images} images, {films} clips and {pairs} pair of images, from pools of
    {pool_images} images and {pool_films} clips, 9 or 10 questions each): the loss counts answers, and attributes in
    captions. The questions about an image share a sequence, but each sees the image and itself only.
 
@@ -154,7 +154,7 @@ def write(out: Path, figures: Figures, curve: Curve, facts: dict[str, Any]) -> N
         image_pruning=pruning[0], video_pruning=pruning[1], properties=_properties(image, clip), times=times,
         vision_curve=steps("vision step", seen["vision"], ["loss", "kind", "colour", "small"], 100),
         language_curve=steps(
-            "language step", seen["language"], ["loss", *IMAGE_SKILLS, *clips.SKILLS[:3], "video count"], 75
+            "language step", seen["language"], ["loss", *IMAGE_SKILLS, *clips.SKILLS[:3], "video count"], 50
         ),
         **facts,
     )  # fmt: skip
