@@ -125,8 +125,8 @@ def align(
     """Fit the projector: what it makes of a cell should be what pocket-llava's makes of the same place or thing.
 
     That alone left the decoder at chance about places (it may read them off the numbers of tokens, which are others
-    here), so cells of the whole view also point at the words for their place. Differences are measured in units of the spread of
-    things in every direction, so that place counts as much as kind and colour.
+    here), so cells of the whole view also point at the words for their place. Differences are
+    measured in units of the spread of things in every direction, so that place counts as much as kind and colour.
     """
     rng = np.random.default_rng([seed, 3])
     table = model.model.language_model.embed_tokens.weight.detach()
