@@ -15,7 +15,7 @@ import torch
 from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor
 
 from pruneval.tasks.pocket import train as pocket_llava
-from pruneval.tasks.pocket.onevision import build, card, evaluate, language, packing, vision
+from pruneval.tasks.pocket.onevision import build, card, evaluate, language, packing, projector, vision
 from pruneval.tasks.pocket.train import Journal
 
 MODEL = pocket_llava.MODEL.parent / "pocket-onevision"
@@ -69,7 +69,7 @@ def train(out: Path, work: Path, start: Path) -> None:
     )
     writer = packing.Writer(processor.tokenizer)
     if not (work / f"{LANGUAGE.name}.pt").exists():
-        language.align(model, writer, llava, pools[0], ALIGN_STEPS, SEED, journal)
+        projector.align(model, writer, llava, pools[0], ALIGN_STEPS, SEED, journal)
         journal({"stage": "align", "step": ALIGN_STEPS, "seconds": round(time.time() - begin)})
     language.teach(model, writer, pools, tests, work, LANGUAGE, SEED, journal)
     save(model, processor, out)
