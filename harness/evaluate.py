@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pruneval.harness.errors import UserError
@@ -105,7 +106,7 @@ def evaluate(
         ]
         for part in parts:
             refuse(benchmark, part.logged)
-        return outcome(parts, lm.rows, benchmark)
+        return replace(outcome(parts, lm.rows, benchmark), batch_size=lm.halved)
 
 
 def preview(benchmark: Benchmark, loaded: Any, limit: int | None = None) -> list[str]:

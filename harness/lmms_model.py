@@ -19,6 +19,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 
+from pruneval.harness import interrupt
 from pruneval.harness.errors import SampleFailure, UserError
 from pruneval.harness.generation import (
     MAX_NEW_TOKENS,
@@ -120,6 +121,8 @@ class PrunevalModel(lmms):
         self.frames = positive(frames, "the number of frames")
         self.journal = journal
         self.on_progress = on_progress or (lambda done, total: None)
+        self.halved: int | None = None
+        """The largest batch since one did not fit into memory."""
         self.rows: dict[str, dict[str, Any]] = {}
         """What happened to each request, by key."""
 
@@ -145,6 +148,7 @@ class PrunevalModel(lmms):
                         self.journal.append(rows)
                     done += len(batch)
                     self.on_progress(done, len(asked))
+                    interrupt.obey()
         return [self.rows[request.key]["answer"] for request in asked]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -185,20 +189,31 @@ class PrunevalModel(lmms):
         return pruned(self.loaded.model, self.method, seed=self.seed, adapter=adapter)
 
     def _answer(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
-        """Rows of a batch; when the batch fails, each sample is tried alone to find out which one it is."""
+        """Rows of a batch. One that does not fit into memory is halved; one that fails is tried sample by sample, to
+        find out which it is.
+        """
+        if self.halved is not None and len(batch) > self.halved:
+            parts = [batch[start : start + self.halved] for start in range(0, len(batch), self.halved)]
+            return [row for part in parts for row in self._answer(part, session)]
         try:
             return self._generate(batch, session)
         except UserError:
             raise
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise SampleFailure(batch[0].key, "out of memory, even alone") from error
+            self.halved = len(batch) // 2
+            warnings.warn(f"a batch of {len(batch)} does not fit into memory: on with {self.halved}", stacklevel=2)
         except Exception as error:
             if len(batch) == 1:
                 raise SampleFailure(batch[0].key, one_line(error)) from error
             reason = one_line(error)
+            rows = [row for request in batch for row in self._answer([request], session)]
+            warnings.warn(f"a batch of {len(batch)} failed ({reason}): answered one by one", stacklevel=2)
+            return rows
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        rows = [row for request in batch for row in self._answer([request], session)]
-        warnings.warn(f"a batch of {len(batch)} failed ({reason}); its samples were answered one by one", stacklevel=2)
-        return rows
+        return self._answer(batch, session)
 
     def _generate(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
         texts, pictures, clips = self._encode(batch)

@@ -34,6 +34,8 @@ class Outcome:
     """metric -> {"value", "n", "stderr"}, unscaled: the benchmark's own metric, then every number lmms-eval gave."""
     samples: pd.DataFrame
     """One row per request, in document order, with `SAMPLE_COLUMNS`."""
+    batch_size: int | None = None
+    """Where batches had to be halved, what they came to."""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pruneval import methods
-from pruneval.harness import data, judge, models
+from pruneval.harness import data, interrupt, judge, models
 from pruneval.harness.environment import environment
 from pruneval.harness.errors import SampleFailure, UserError, unknown
 from pruneval.harness.progress import Progress, progress
-from pruneval.harness.records import Journal, RecordError, RunRecord, claim, read_record, write_record
+from pruneval.harness.records import Journal, RecordError, RunRecord, StorageError, claim, read_record, write_record
 from pruneval.harness.spec import FRAMES, RunSpec, code_version, sampling
 from pruneval.tasks import Benchmark, benchmark
 
@@ -152,6 +152,7 @@ def run_cells(
     records, missed = [], []
     cells = list(cells)
     for number, cell in enumerate(cells, 1):
+        interrupt.obey()
         title = f"[{number}/{len(cells)}] {cell.benchmark.title}, {cell.spec.method_signature}"
         folder = out / cell.spec.hash
         try:
@@ -170,6 +171,8 @@ def run_cells(
                     show.say(f"loading {cell.spec.model} and lmms-eval")
                     loaded = load()
                 records.append(_run(cell, folder, loaded, batch_size, evaluate, show, title))
+        except StorageError:
+            raise
         except UserError as error:
             if loaded is None:
                 raise
@@ -223,7 +226,7 @@ def _run(
     if reason:
         raise UserError(f"{cell.spec.method} does not run on {cell.spec.model}: {reason}")
     error, outcome = None, None
-    with show.cell(title) as tell:
+    with show.cell(title) as tell, interrupt.graceful():
         try:
             outcome = evaluate(
                 loaded,
@@ -246,7 +249,11 @@ def _run(
         scores=outcome.scores if outcome else {},
         budget=_budget(outcome.samples) if outcome else {},
         implied=_implied(cell, loaded, outcome.samples) if outcome else None,
-        environment={**environment(), "device": str(loaded.device), "batch_size": batch_size},
+        environment={
+            **environment(),
+            "device": str(loaded.device),
+            "batch_size": outcome.batch_size if outcome and outcome.batch_size else batch_size,
+        },
         timing={"started": started, "seconds": time.monotonic() - clock, "resumed": resumed},
     )
     record = write_record(folder, record, outcome.samples if outcome else None)

@@ -32,6 +32,7 @@ SEED = 77
 @dataclass(frozen=True)
 class Item:
     """A question about a scene."""
+
     scene: Scene
     question: Question
 
