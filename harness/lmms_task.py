@@ -183,6 +183,10 @@ def _hidden(bar: Callable, *args: Any, **options: Any) -> Any:
     return bar(*args, **{**options, "disable": True})
 
 
+_quiet: list[None] = []
+"""One for every `quiet` block that is open: they may be nested."""
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """lmms-eval without its printing, log lines and progress bars, and without what importing it does to the process.
@@ -206,6 +210,7 @@ def quiet() -> Iterator[None]:
     for module, bar in zip(modules, bars, strict=True):
         module.tqdm = functools.partial(_hidden, bar)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    _quiet.append(None)
     try:
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield
@@ -215,4 +220,6 @@ def quiet() -> Iterator[None]:
             module.tqdm = bar
         if bars_shown:
             datasets.enable_progress_bars()
-        logger.enable("lmms_eval")
+        _quiet.pop()
+        if not _quiet:  # the outermost one
+            logger.enable("lmms_eval")

@@ -293,7 +293,7 @@ def test_a_preset_is_a_published_setting_and_set_goes_over_it(capsys):
         (["--budget", "avg_in=-1"], "must be a number above 0"),
         (["--budget", "avg_in=32"], "can't be reached"),
         (["--set", "keep=0.5", "--budget", "avg_in=128"], "keep is what is looked for"),
-        (["--preset", "llava-1.5-7b@192"], "fastv has no presets"),
+        (["--preset", "llava-1.5-7b@191"], "unknown preset 'llava-1.5-7b@191'; did you mean"),
     ],
 )
 def test_budgets_that_make_no_sense_are_refused(capsys, arguments, words):

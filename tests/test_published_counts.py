@@ -93,7 +93,7 @@ TABLE: dict[str, dict[str, dict]] = {
 }
 NONE = ("gsearch", "psigmoid", "feather", "pact", "st3")
 """In the language model too; no setting of theirs is published for a token count: rates are searched per model."""
-ELSEWHERE = ("flowcut", "vflowopt", "sgp")
+ELSEWHERE = ("flowcut", "vflowopt", "sgp", "ifprune")
 """Begin in the vision encoder or beside the model; their own tests hold their counts."""
 ROWS = [(name, preset) for name, rows in TABLE.items() for preset in rows]
 

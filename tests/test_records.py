@@ -50,6 +50,7 @@ def test_the_identity_is_what_decides_the_answers():
         "model": "x", "revision": "x", "method": "x", "params": {"layer": 2, "keep": 0.25}, "benchmark": "x",
         "edition": "full", "data": "x", "limit": 3, "seed": 1, "dtype": "float16", "kernel": "eager",
         "num_beams": 3, "positions": "compact", "prompt_key": "x", "version": "0.2",
+        "frames": "linspace:4", "judge": "x",
     }  # fmt: skip
     assert set(others) | {"given"} == {item.name for item in dataclasses.fields(RunSpec)}
     hashes = {dataclasses.replace(SPEC, **{name: value}).hash for name, value in others.items()}
