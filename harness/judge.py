@@ -92,7 +92,9 @@ def judging(benchmark: Benchmark, judge: Judge | None) -> Iterator[None]:
     real, requests = OpenAIProvider.evaluate, hallusion.requests
 
     def evaluate(self: Any, request: Any) -> Any:
-        (request.config or self.config).num_retries = 1
+        config = request.config or self.config
+        config.num_retries = 1
+        _address(self, config, judge)
         return _insist(judge, lambda: real(self, request), lambda answer: bool(answer.content.strip()))
 
     os.environ.update(settings)
@@ -106,6 +108,18 @@ def judging(benchmark: Benchmark, judge: Judge | None) -> Iterator[None]:
         OpenAIProvider.evaluate, hallusion.requests = real, requests
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _address(provider: Any, config: Any, judge: Judge | None) -> None:
+    """Turns a provider to this judge: some tasks make theirs when they are imported, with what was set then."""
+    if judge is None:
+        return
+    config.model_name = judge.model
+    if (provider.base_url, provider.api_key) != (judge.url, judge.key or "none"):
+        from openai import OpenAI
+
+        provider.base_url, provider.api_key = judge.url, judge.key or "none"
+        provider.client = OpenAI(api_key=provider.api_key, base_url=provider.base_url)
 
 
 class _Post:

@@ -127,6 +127,17 @@ def test_mathvista_scores_float_answers_and_nothing_right_is_0(server: Server, s
     assert value(none, "llm_as_judge_eval,none") == 0.0
 
 
+def test_a_judge_set_after_the_task_was_imported_is_the_one_asked(server: Server, scripted, monkeypatch):
+    """MathVista makes its client when it is imported, with the address of that moment."""
+    monkeypatch.setenv(judge.URL, "http://127.0.0.1:9/v1")
+    with pytest.raises(UserError, match="gave 3 times no usable answer"):
+        scripted("pocket-mathvista", lambda row, i: str(row["answer"]), limit=10)
+    monkeypatch.setenv(judge.URL, server.url)
+    server.reply = lambda prompt: prompt.split("\n\n")[-2]
+    scripted("pocket-mathvista", lambda row, i: str(row["answer"]), limit=10)
+    assert {model for _, model, _ in server.asked} == {"scripted-1"}
+
+
 def test_hallusionbench_asks_the_judge_anew_in_every_run(server: Server, scripted):
     server.reply = lambda prompt: "incorrect" if "Prediction answer:bad" in prompt else "correct"
     first = scripted("pocket-hallusionbench", lambda row, i: "bad" if i == 0 else "good", limit=8)
