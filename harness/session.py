@@ -204,7 +204,8 @@ class Session:
     def _looks_inside(self) -> bool:
         """Whether the method reads, or changes, what happens inside the vision tower."""
         needs = self.needs.values()
-        return bool(self.towers.places) or any(need.vision or need.pixels or need.clip for need in needs)
+        changes = bool(self.towers.places) or bool(self.resizing)
+        return changes or any(need.vision or need.pixels or need.clip for need in needs)
 
     # What enters the model
 

@@ -30,7 +30,7 @@ def test_answers_are_the_very_same(family):
     assert features.misses <= 2 and features.hits == 3 * features.misses  # images, and perhaps videos
 
 
-@pytest.mark.parametrize("name", ["visionzip", "tome", "flowcut"])
+@pytest.mark.parametrize("name", ["visionzip", "tome", "flowcut", "resize"])
 def test_methods_that_look_into_the_tower_get_the_tower(name):
     tiny = subject("llava")
     inputs = tiny.samples[0]
