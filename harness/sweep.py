@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -49,8 +48,6 @@ def main(args: argparse.Namespace) -> int:
     """Run the study; 0 when every cell that can run is done, 1 when one failed."""
     from pruneval.harness import models, study
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}")
     if args.out.exists() and not args.out.is_dir():
