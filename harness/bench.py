@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run `pruneval bench` with parsed arguments; 1 when nothing could be measured."""
     names = _checked(args)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin disturb who runs next
     from pruneval.harness import contests
     from pruneval.harness.machine import load
     from pruneval.harness.records import write_atomically

@@ -36,6 +36,12 @@ examples:
 
 
 OUT = Path("runs")
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    # Threads that spin while they wait make a small model many times slower on a machine that has other work.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Set for every command, before torch is imported, where the user has not set it."""
 MODULES = {  # commands with a module of their own, imported when the command is used: `add_arguments` and `main`
     "measure": ("pruneval.harness.measure", "what a method costs on a model, computed from dimensions"),
     "bench": ("pruneval.harness.bench", "time and memory of methods beside vanilla, measured in turns"),
@@ -138,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     out = OUT
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         grammar = parser(argv[0] if argv else "")
         args = grammar.parse_args(argv)
@@ -186,9 +194,6 @@ def _eval(args: argparse.Namespace) -> int:
     from pruneval.harness.search import recipe
     from pruneval.tasks import benchmark, suite
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that spin while they wait make a small model many times slower on a machine that has other work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     data_command.use_root(args)
     names = list(dict.fromkeys(args.benchmark or suite(args.suite or "pocket")))
     for name in names:

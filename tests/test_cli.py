@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -57,6 +58,13 @@ def test_a_method_is_listed_with_its_whole_card(capsys):
     rows = {row["name"]: row for row in json.loads(call(capsys, "list", "methods", "--json")[1])}
     assert rows["fastv"]["prompt_aware"] is True and rows["fastv"]["paper"] and rows["fastv"]["seam"] == ["layer"]
     assert rows["fastv"]["parameters"]["keep"] == 0.5
+
+
+def test_every_command_sets_what_the_user_has_not_set(capsys, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    call(capsys, "list", "models")
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["TOKENIZERS_PARALLELISM"]) == ("ACTIVE", "false")
 
 
 def test_help_teaches(capsys):

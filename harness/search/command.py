@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +84,6 @@ class Search:
 
 def main(args: argparse.Namespace) -> int:
     """Run the search; returns the exit code."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.out.suffix != ".json":
         raise UserError(f"--out must end in .json, not {args.out.name}")
     for name in ("samples", "trials", "stride", "first", "batch_size"):

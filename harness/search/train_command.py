@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -57,7 +56,6 @@ def main(args: argparse.Namespace) -> int:
     """Train; returns the exit code."""
     from pruneval.harness.search.settings import Settings
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.out.suffix != ".safetensors":
         raise UserError(f"--out must end in .safetensors, not {args.out.name}")
     settings = Settings(**{item.name: getattr(args, item.name) for item in fields(Settings)})
