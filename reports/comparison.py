@@ -59,7 +59,8 @@ def comparison(
     if not specs:
         raise ValueError("a table needs at least one record")
     table = benchmarks()
-    known = {name: table[name] for name in table if any(spec.benchmark == name for spec in specs)}
+    seen = {spec.benchmark for spec in specs}
+    known = {name: table[name] for name in table if name in seen}
     found = entries(records, [spec for spec, _ in missed], known)
     base = next((entry.records for entry in found if entry.reference), {})
     counts = {name: {count(r, known[name]) for e in found if (r := e.records[name]) and r.done} for name in known}

@@ -25,7 +25,8 @@ def differences(records: Iterable[RunRecord], samples: Samples) -> Table | None:
     """
     records = list(records)
     table = benchmarks()
-    names = [name for name in table if any(record.spec.benchmark == name for record in records)]
+    seen = {record.spec.benchmark for record in records}
+    names = [name for name in table if name in seen]
     found = entries(records, [], names)
     base = next((entry for entry in found if entry.reference), None)
     if base is None or len(found) < 2:

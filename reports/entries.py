@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from pruneval.harness.records import RunRecord, RunSpec
 from pruneval.tasks import Benchmark
@@ -34,20 +35,26 @@ class Entry:
 
     def budget(self, key: str) -> float | None:
         """Mean of a budget over all samples of all benchmarks; None when nothing was observed."""
-        weighted = [
-            (record.budget[key], record.samples["rows"])
-            for record in self.records.values()
-            if record and record.samples and record.budget.get(key) is not None
-        ]
-        total = sum(rows for _, rows in weighted)
-        return sum(value * rows for value, rows in weighted) / total if total else None
+        return self._budgets.get(key)
 
-    @property
+    @cached_property
+    def _budgets(self) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        totals: dict[str, int] = {}
+        for record in self.records.values():
+            rows = record.samples["rows"] if record and record.samples else 0
+            for key, value in record.budget.items() if record and rows else ():
+                if value is not None:
+                    sums[key] = sums.get(key, 0.0) + value * rows
+                    totals[key] = totals.get(key, 0) + rows
+        return {key: total / totals[key] for key, total in sums.items()}
+
+    @cached_property
     def runs(self) -> tuple[str, ...]:
         """The folders of its records."""
         return tuple(record.spec.hash for record in self.records.values() if record)
 
-    @property
+    @cached_property
     def signature(self) -> str:
         """What the row's numbers carry."""
         return self.spec.signature(self.budget("avg_in"))

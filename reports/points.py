@@ -29,7 +29,8 @@ SHOWN = 12
 def found(records: Iterable[RunRecord]) -> list[Entry]:
     """The entries of records of one model in one setting."""
     records = list(records)
-    names = [name for name in benchmarks() if any(record.spec.benchmark == name for record in records)]
+    seen = {record.spec.benchmark for record in records}
+    names = [name for name in benchmarks() if name in seen]
     return entries(records, [], names)
 
 

@@ -26,8 +26,9 @@ def reader(out: Path | str) -> Callable[[RunRecord], Answers | None]:
             from pyarrow.parquet import ParquetFile
 
             with ParquetFile(Path(out) / name / record.samples["file"]) as file:
-                columns = [column for column in NEEDED if column in file.schema_arrow.names]
-                table = file.read(columns)
+                known = file.schema_arrow.names
+                columns = [column for column in NEEDED if column in known]
+                table = file.read(columns, use_threads=False)  # threads cost more than so small files take
             found[name] = answers({column: table[column].to_numpy() for column in columns})
         return found[name]
 

@@ -1,7 +1,8 @@
 """Which differences are more than chance: paired tests on the same questions, question by question.
 
-Questions about one image are not independent, so wherever images repeat the unit is the image. Tests and intervals
-come from statsmodels and scipy; here they are only fed.
+Questions about one image are not independent, so wherever images repeat the unit is the image. Distributions are
+scipy.special's: statsmodels and scipy.stats, which the tests hold these functions against, take longer to import than
+a report takes to make.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,12 @@ class Difference:
     @property
     def detectable(self) -> float:
         """The smallest true difference found 4 times out of 5 at the 5 % level, with this n and spread."""
-        return detectable(self.stderr, self.units)
+        if not self.stderr:
+            return 0.0
+        from scipy.special import nctdtrinc, stdtrit
+
+        free = self.units - 1
+        return float(self.stderr * nctdtrinc(free, 1 - POWER, stdtrit(free, 1 - LEVEL / 2)))
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,16 @@ def answers(rows: Mapping[str, Any]) -> Answers:
         rows: a data frame or a mapping with `doc_id`, `correct` and, if known, `prompt_hash` and `image` (texts; a row
             without one stands alone).
     """
-    import pandas as pd
-
     number = np.asarray(rows["doc_id"])
     prompt = np.asarray(rows["prompt_hash"] if "prompt_hash" in rows else [""] * len(number), dtype=str)
     image = None
     if "image" in rows:
-        codes = pd.factorize(np.asarray(rows["image"], dtype=object))[0]
+        places: dict[str, int] = {}
+        names = (name if isinstance(name, str) else "" for name in rows["image"])
+        codes = np.array([places.setdefault(name, len(places)) if name else -1 for name in names], dtype=int)
         alone = codes < 0
         if not alone.all():
-            image = np.where(alone, codes.max() + 1 + np.arange(len(codes)), codes)
+            image = np.where(alone, len(places) - 1 + np.cumsum(alone), codes)
     return Answers(number, prompt, np.asarray(rows["correct"], dtype=float), image)
 
 
@@ -104,10 +110,10 @@ def compare(a: np.ndarray, b: np.ndarray, images: Sequence[Any] | np.ndarray | N
     """
     delta = np.asarray(a, float) - np.asarray(b, float)
     codes = _codes(delta, images)
-    units = int(codes.max()) + 1 if len(codes) else 0
+    units = int(codes.max(initial=-1)) + 1
     if units < 2:
         return None
-    binary = bool(np.isin(a, (0.0, 1.0)).all() and np.isin(b, (0.0, 1.0)).all())
+    binary = _binary(a) and _binary(b)
     test = "clustered" if units < len(delta) else "mcnemar" if binary else "paired t"
     if not delta.any():
         return Difference(0.0, 0.0, 1.0, len(delta), units, test)
@@ -151,28 +157,26 @@ def _draws(units: int) -> np.ndarray:
 
 
 def _codes(delta: np.ndarray, images: Sequence[Any] | np.ndarray | None) -> np.ndarray:
-    return np.arange(len(delta)) if images is None else np.unique(np.asarray(images), return_inverse=True)[1]
+    """Each question's unit, numbered without gaps."""
+    if images is None:
+        return np.arange(len(delta))
+    codes = np.asarray(images)
+    if codes.dtype.kind == "i" and codes.min(initial=0) >= 0 and np.bincount(codes).all():
+        return codes
+    return np.unique(codes, return_inverse=True)[1]
+
+
+def _binary(correct: np.ndarray) -> bool:
+    return bool(((correct == 0) | (correct == 1)).all())
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """P values corrected for there being many of them (Holm)."""
-    if not len(values):
-        return []
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(list(values), alpha=LEVEL, method="holm")[1]]
-
-
-def detectable(stderr: float, units: int) -> float:
-    """The smallest true difference a two-sided paired t test at 5 % finds with a power of 80 %."""
-    return stderr * math.sqrt(units) * _effect(units) if stderr else 0.0
-
-
-@cache
-def _effect(units: int) -> float:
-    from statsmodels.stats.power import TTestPower
-
-    return float(np.squeeze(TTestPower().solve_power(nobs=units, alpha=LEVEL, power=POWER)))
+    """P values corrected for there being many of them (Holm), in the order they came in."""
+    order = np.argsort(values, kind="stable")
+    raised = np.asarray(values, float)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(raised))
+    return [float(p) for p in corrected]
 
 
 def _clustered(delta: np.ndarray, codes: np.ndarray) -> tuple[float, float, float]:
@@ -189,8 +193,7 @@ def _clustered(delta: np.ndarray, codes: np.ndarray) -> tuple[float, float, floa
     return mean, stderr, float(2 * stdtr(units - 1, -abs(mean) / stderr)) if stderr else 0.0
 
 
-@cache
 def _mcnemar(gained: int, lost: int) -> float:
-    from statsmodels.stats.contingency_tables import mcnemar
+    from scipy.special import bdtr
 
-    return float(min(1.0, mcnemar([[0, gained], [lost, 0]], exact=True).pvalue))
+    return float(min(1.0, 2 * bdtr(min(gained, lost), gained + lost, 0.5)))

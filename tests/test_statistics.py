@@ -9,6 +9,7 @@ from scipy.stats import bootstrap, ttest_rel, wilcoxon
 from statsmodels.regression.linear_model import OLS
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
 from pruneval.reports import statistics
 
@@ -107,9 +108,23 @@ def test_the_interval_is_scipys():
 
 
 def test_holm_is_statsmodels():
-    values = [0.001, 0.04, 0.03, 0.5]
-    assert statistics.holm(values) == pytest.approx(multipletests(values, method="holm")[1])
+    for values in ([0.001, 0.04, 0.03, 0.5], [0.5], np.random.default_rng(15).random(40) ** 4):
+        assert statistics.holm(values) == pytest.approx(multipletests(values, method="holm")[1])
     assert statistics.holm([]) == []
+
+
+@pytest.mark.parametrize("gained, lost", [(1, 0), (3, 9), (4, 4), (0, 30), (120, 70)])
+def test_mcnemar_is_statsmodels(gained, lost):
+    a = np.array([1.0] * gained + [0.0] * lost + [1.0] * 5)
+    b = np.array([0.0] * gained + [1.0] * lost + [1.0] * 5)
+    assert statistics.compare(a, b).p == pytest.approx(mcnemar([[5, gained], [lost, 0]], exact=True).pvalue)
+
+
+@pytest.mark.parametrize("units", [2, 5, 40, 1000])
+def test_the_smallest_detectable_difference_is_statsmodels(units):
+    found = statistics.Difference(0.1, 0.02, 0.5, 2 * units, units, "clustered")
+    effect = TTestPower().solve_power(nobs=units, alpha=0.05, power=0.8)
+    assert found.detectable == pytest.approx(0.02 * units**0.5 * float(np.squeeze(effect)), rel=1e-4)
 
 
 def test_the_smallest_detectable_difference_is_detected_in_four_of_five():
