@@ -20,6 +20,7 @@ from torch import nn
 
 from pruneval.harness.adapters import Adapter
 from pruneval.harness.backend import Runner
+from pruneval.harness.override import override
 
 RESAMPLES = 2000
 LEVEL = 95  # per cent
@@ -127,7 +128,7 @@ def split(adapter: Adapter) -> Iterator[Clock]:
 
 
 def _time_encoder(inner: nn.Module, name: str, clock: Clock, stack: ExitStack) -> None:
-    original, own = getattr(inner, name, None), name in inner.__dict__
+    original = getattr(inner, name, None)
     if original is None:
         return
 
@@ -142,11 +143,7 @@ def _time_encoder(inner: nn.Module, name: str, clock: Clock, stack: ExitStack) -
             clock.encoding = False
             clock.add("vision", start)
 
-    setattr(inner, name, encode)
-    if own:
-        stack.callback(setattr, inner, name, original)
-    else:
-        stack.callback(delattr, inner, name)
+    override(inner, name, encode, stack)
 
 
 def _start(clock: Clock, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

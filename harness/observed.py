@@ -18,6 +18,7 @@ from pruneval.harness.attention import HeadAttention, Recorder
 from pruneval.harness.dimensions import Dimensions
 from pruneval.harness.flops import Lengths, Work
 from pruneval.harness.layout import Trace
+from pruneval.harness.override import override
 
 
 class Observed:
@@ -90,11 +91,9 @@ def observing(adapter: Adapter, dimensions: Dimensions) -> Iterator[Observed]:
                 enter = functools.partial(_entered, seen.vision[index])
                 stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(layer.mlp.register_forward_pre_hook(functools.partial(_fed, seen.fed, index)).remove)
-        stack.callback(setattr, HeadAttention, "rows", rows)
-        stack.callback(setattr, Recorder, "peek", peek)
-        stack.callback(delattr, adapter.projector, "forward")
-        HeadAttention.rows, Recorder.peek = counted_rows, counted_peek  # type: ignore[method-assign]
-        adapter.projector.forward = counted_projection
+        override(HeadAttention, "rows", counted_rows, stack)
+        override(Recorder, "peek", counted_peek, stack)
+        override(adapter.projector, "forward", counted_projection, stack)
         yield seen
 
 

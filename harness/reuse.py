@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pruneval.harness.adapters import Adapter
+from pruneval.harness.override import override
 
 MEMORY, DISK = 2**30, 2**33
 """Bytes kept in memory and on disk."""
@@ -83,8 +84,7 @@ def reusing(adapter: Adapter, memory: int = MEMORY, disk: int = DISK) -> Iterato
         for name in ("get_image_features", "get_video_features"):
             original = getattr(inner, name, None)
             if original is not None:
-                setattr(inner, name, _answering(features, name, original))
-                stack.callback(delattr, inner, name)
+                override(inner, name, _answering(features, name, original), stack)
         yield features
 
 

@@ -28,9 +28,10 @@ from pruneval.harness.attention import Recorder, watching
 from pruneval.harness.errors import UserError
 from pruneval.harness.helper import Helping
 from pruneval.harness.layout import Layout, Trace
+from pruneval.harness.override import override
 from pruneval.harness.pixels import see
 from pruneval.harness.prefill import Prefill
-from pruneval.harness.tower import Towers, override
+from pruneval.harness.tower import Towers
 from pruneval.methods.base import Method
 
 _ACTIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -110,7 +111,7 @@ class Session:
         self.towers.install(stack)
         if self.resizing:
             for tower in adapter.tower_modules:
-                override(tower, functools.partial(self._see, tower.forward), stack)
+                override(tower, "forward", functools.partial(self._see, tower.forward), stack)
         for kind in ("get_image_features", "get_video_features"):
             self._wrap_encoder(kind, stack)
         pre = functools.partial(nn.Module.register_forward_pre_hook, with_kwargs=True)
@@ -190,9 +191,7 @@ class Session:
             self.recorder.calls.clear()
             return out
 
-        before = vars(inner).get(name)  # somebody else's wrapper
-        setattr(inner, name, encode)
-        stack.callback(setattr, inner, name, before) if before is not None else stack.callback(delattr, inner, name)
+        override(inner, name, encode, stack)
 
     def _see(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """A vision tower's output, of images that are scaled down."""

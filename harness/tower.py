@@ -21,20 +21,12 @@ from torch import Tensor, nn
 
 from pruneval.harness.attention import Call, HeadAttention
 from pruneval.harness.errors import UserError
+from pruneval.harness.override import override
 from pruneval.methods.base import EncodeStep, MethodError, Reduction
 from pruneval.methods.step import Passed
 
 if TYPE_CHECKING:
     from pruneval.harness.session import Session
-
-
-def override(module: nn.Module, forward: Any, stack: ExitStack) -> None:
-    """Lets another function stand for `module.forward`; `stack` puts back what was there."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    stack.callback(setattr, module, "forward", before) if before is not None else stack.callback(
-        delattr, module, "forward"
-    )
 
 
 class Towers:
@@ -51,7 +43,8 @@ class Towers:
             return
         for number, layers in enumerate(self.adapter.towers):
             for index, layer in enumerate(layers):
-                override(layer, functools.partial(self._layer, number, index, layer, layer.forward), stack)
+                forward = functools.partial(self._layer, number, index, layer, layer.forward)
+                override(layer, "forward", forward, stack)
         stack.callback(self.adapter.projector.register_forward_hook(self._projected).remove)
 
     def begin(self, kind: str, arguments: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from transformers.vision_utils import get_vision_window_index
 from pruneval.harness.adapters.base import Adapter, Encoding, passed
 from pruneval.harness.attention import HeadAttention
 from pruneval.harness.layout import Layout
+from pruneval.harness.override import override
 from pruneval.methods.step import Passed
 
 
@@ -138,8 +139,7 @@ class QwenVL(Adapter):
                 return original(hidden_states, visual_pos_masks, visual_embeds)
             return original(hidden_states, *_follow(*now, visual_pos_masks, visual_embeds))
 
-        model._deepstack_process = process
-        stack.callback(delattr, model, "_deepstack_process")
+        override(model, "_deepstack_process", process, stack)
 
 
 def _follow(prompt: Layout, layout: Layout, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from pruneval.harness.adapters import Adapter
-from pruneval.harness.tower import override
+from pruneval.harness.override import override
 from pruneval.methods.base import Method, Needs, Reduction, Shape, Step
 
 
@@ -57,10 +57,9 @@ def shared(adapter: Adapter) -> Iterator[Shared]:
         for name in ("get_image_features", "get_video_features"):
             original = getattr(inner, name, None)
             if original is not None:
-                setattr(inner, name, _remembering(kept, name, original))
-                stack.callback(delattr, inner, name)
+                override(inner, name, _remembering(kept, name, original), stack)
         for index, layer in enumerate(adapter.decoder_layers):
-            override(layer, functools.partial(_layer, kept, index, layer.forward), stack)
+            override(layer, "forward", functools.partial(_layer, kept, index, layer.forward), stack)
         yield kept
 
 
