@@ -81,7 +81,7 @@ def _solved(method: str, params: dict[str, Any], currency: str, target: float, m
 
     try:
         return solve(
-            method, params, shape_of(dimensions), whole.given, currency, target,
+            method, params, shape_of(dimensions, whole), whole.given, currency, target,
             price if currency in ("tflops", "kv_bytes") else None,
         )  # fmt: skip
     except methods.MethodError as error:

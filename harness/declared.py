@@ -8,7 +8,9 @@ from pruneval.harness.dimensions import Dimensions
 from pruneval.harness.errors import UserError
 from pruneval.harness.flops import Lengths
 from pruneval.harness.scoring import helpers, scoring, shape_of
-from pruneval.methods.base import Method, Shape
+from pruneval.methods.base import Method, MethodError, Shape
+
+TOWER_WHOLE = "what leaves inside the vision tower, which is counted whole"
 
 
 def declared(
@@ -25,10 +27,10 @@ def declared(
     Raises:
         UserError: when the method does not go with the model, or its counts depend on the sample.
     """
-    shape = shape_of(dimensions)
+    shape = shape_of(dimensions, whole)
     try:
         method.needs(shape)  # refuses what the method cannot do on this model
-        plan = tuple(method.schedule(shape, whole.given))
+        plan, about = _plan(method, shape, whole.given)
         lengths, left = _in_tower(method, shape, replace(whole, visual=plan))
         lengths = replace(lengths, scoring=scoring(method, dimensions, lengths))
         lengths = replace(lengths, helpers=helpers(method, dimensions, lengths, helper))
@@ -39,7 +41,20 @@ def declared(
     lengths, open_end = _decoded(method, shape, lengths)
     if method.card.merges:
         open_end.append("merging: similarities, sums and the projection of merged tokens")
-    return lengths, left + open_end
+    if method.params.get("checkpoint") == "":
+        open_end.append("what the method was trained for: no checkpoint was given")
+    return lengths, about + left + open_end
+
+
+def _plan(method: Method, shape: Shape, visual: int) -> tuple[tuple[int, ...], list[str]]:
+    """Visual tokens that enter each decoder layer; in words, when they are only about what is declared."""
+    try:
+        return tuple(method.schedule(shape, visual)), []
+    except MethodError as error:
+        near = method.declarable()
+        if near is None:
+            raise
+        return tuple(near.schedule(shape, visual)), [f"a few visual tokens more or fewer: {error}"]
 
 
 def _in_tower(method: Method, shape: Shape, whole: Lengths) -> tuple[Lengths, list[str]]:
@@ -54,7 +69,7 @@ def _in_tower(method: Method, shape: Shape, whole: Lengths) -> tuple[Lengths, li
             raise ValueError("its windows lose tokens unevenly")
         entering = method.encoder_schedule(shape, cells)
     except ValueError as error:
-        return whole, [f"what leaves inside the vision tower, which is counted whole: {error}"]
+        return whole, [f"{TOWER_WHOLE}: {error}"]
     each = whole.projector // tiles
     lost = cells + shape.has_cls - entering[-1] if places and each in (cells, cells + shape.has_cls) else 0
     fed = [

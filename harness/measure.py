@@ -21,6 +21,7 @@ from pruneval.harness.dimensions_config import FAMILIES, read
 from pruneval.harness.errors import UserError, unknown
 from pruneval.harness.flops import Lengths, ledger, lengths_of
 from pruneval.harness.kv_cache import kv_bytes, kv_bytes_full_heads, kv_ratio
+from pruneval.harness.measure_text import to_markdown, to_text
 
 
 def implied(
@@ -51,7 +52,8 @@ def implied(
         helper: the helper model of a method that has one, likewise; what its parameter says if not given.
 
     Returns:
-        `model`, `method`, `params`, `signature`, what `cost` returns, `unpruned_tflops` and `lengths_from`.
+        `model`, `method`, `params`, `signature`, what `cost` returns, `unpruned_tflops`, `lengths_from`, and `tower`:
+        what enters each layer of the vision tower, as groups of (how many, tokens of each) that attend to each other.
     """
     conventions.convention(convention)
     dimensions = dimensions_for(model)
@@ -71,6 +73,7 @@ def implied(
         "signature": built.signature,
         **found,
         "unpruned_tflops": cost(dimensions, whole, convention)["tflops"],
+        "tower": [[list(group) for group in groups] for groups in lengths.vision],
         "lengths_from": "; ".join(
             [
                 dimensions.input.source,
@@ -226,53 +229,3 @@ def _check(family: str, method: str, given: Mapping[str, Any], as_json: bool) ->
     text = [count.as_dict() for count in counts]
     print(json.dumps(text, indent=1) if as_json else counters.to_text(family, method, counts))
     return 0
-
-
-def to_text(found: Mapping[str, Any]) -> str:
-    """The same for a reader."""
-    share = found["tflops"] / found["unpruned_tflops"]
-    lines = [
-        f"{found['signature']} on {found['model']}: {found['visual']} visual + {found['text']} other tokens",
-        f"  prefill         {found['tflops']:.4g} TFLOPs ({found['tmacs']:.4g} TMACs), {share:.1%} of the un-pruned",
-        f"  convention      {found['convention']}: {found['convention_title']}",
-    ]
-    if found["new_tokens"] > 1:
-        lines.append(
-            f"  decode          {found['decode_tflops']:.4g} TFLOPs, {found['new_tokens'] - 1} tokens after the first"
-        )
-    if found["helpers"]:
-        lines.append(
-            f"  helper          {found['helper_tflops']:.4g} TFLOPs; {found['tflops_with_helpers']:.4g} in all "
-            f"({', '.join(found['helpers'])})"
-        )
-    lines += [
-        f"  visual tokens   {found['avg_in']:.1f} per layer ({found['keep']:.1%}), {found['kept_after']} at the end",
-        f"  KV cache        {found['kv_bytes'] / 1e6:.1f} MB at 16 bit, ratio of visual tokens {found['kv_ratio']:.3f}",
-        f"                  {found['kv_bytes_full_heads'] / 1e6:.1f} MB if every head had keys and values of its own",
-        f"                  {found['kv_bytes_end'] / 1e6:.1f} MB after the last of {found['new_tokens']} new tokens",
-        f"  parameters      {found['params_b']:.2f} B ({', '.join(found['params_parts'])})",
-        "  not counted     " + "\n                  ".join(found["not_counted"]),
-        f"  lengths from    {found['lengths_from']}",
-    ]
-    return "\n".join(lines)
-
-
-def to_markdown(table: str, rows: list[published.Row]) -> str:
-    """One Markdown table per metric; the header of each column of ours names its convention."""
-    parts = [f"# {table}: published / implied here / difference"]
-    for metric in dict.fromkeys(row.metric for row in rows):
-        group = [row for row in rows if row.metric == metric]
-        conventions = list(dict.fromkeys(row.convention for row in group))
-        head = ["model", "method", f"published {metric}"]
-        for one in conventions:
-            head += [f"implied here ({one})", f"difference ({one})"]
-        lines = [head + ["note"], ["---"] * (len(head) + 1)]
-        for first in dict.fromkeys((row.model, row.method, row.setting) for row in group):
-            found = {row.convention: row for row in group if (row.model, row.method, row.setting) == first}
-            any_row = next(iter(found.values()))
-            line = [any_row.model, f"{any_row.method} {any_row.setting}".strip(), f"{any_row.published:g}"]
-            for one in conventions:
-                line += [found[one].shown, f"{found[one].difference:+.2f} %"] if one in found else ["", ""]
-            lines.append([*line, any_row.note])
-        parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(parts)

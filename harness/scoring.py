@@ -19,8 +19,8 @@ from pruneval.methods.base import Shape
 from pruneval.methods.helper import Reading
 
 
-def shape_of(dimensions: Dimensions) -> Shape:
-    """The sizes a method may depend on."""
+def shape_of(dimensions: Dimensions, lengths: Lengths | None = None) -> Shape:
+    """The sizes a method may depend on; with the tiles of a sample where it is made of whole ones."""
     decoder, vision = dimensions.decoder, dimensions.vision
     return Shape(
         layers=decoder.layers,
@@ -34,7 +34,20 @@ def shape_of(dimensions: Dimensions) -> Shape:
         sheets=dimensions.newline,
         tiled=dimensions.newline or dimensions.family in ("internvl", "qwen2_5_vl", "qwen3_vl", "video_llava"),
         merge=dimensions.projector.merge,
+        whole=() if lengths is None else _whole(dimensions, lengths),
     )
+
+
+def _whole(dimensions: Dimensions, lengths: Lengths) -> tuple[tuple[int, int], ...]:
+    """(cells, visual tokens) of each tile or frame; empty where the visual tokens are not all theirs."""
+    cells = dimensions.vision.patches
+    if not cells:
+        return ()
+    count = lengths.patches // cells
+    for size, extra in ((dimensions.tile, 0), (dimensions.frame, dimensions.frame_extra)):
+        if size is not None and count * size[0] + extra == lengths.given:
+            return ((cells, min(size[0], cells // dimensions.projector.merge)),) * count
+    return ()
 
 
 def helpers(

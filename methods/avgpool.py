@@ -50,10 +50,16 @@ class AvgPool(Method):
         return {0: Needs(vision=(shape.feature_layer,))}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        side, count = math.isqrt(n), kept(n, self.keep)
-        if count < n and (shape.tiled or side * side != n):
+        count, sizes = kept(n, self.keep), [tokens for _, tokens in shape.whole] or [n]
+        if count == n:
+            return [n] * shape.layers
+        if shape.sheets and len(sizes) > 1 and shape.whole[0][0] == sizes[0]:  # frames of videos are pooled already
+            sizes = [sizes[0], sum(sizes[1:])]  # the whole image, and its parts put together
+        sides = [math.isqrt(size) for size in sizes]
+        if (shape.tiled and not shape.whole) or any(side**2 != size for side, size in zip(sides, sizes, strict=True)):
             raise MethodError("avgpool: the count depends on the height and width of the image's grids")
-        return [n if count == n else math.prod(fit(count, side, side))] * shape.layers
+        shares = zip(spread(count, sizes, least=1), sides, strict=True)
+        return [sum(math.prod(fit(share, side, side)) for share, side in shares)] * shape.layers
 
     def work(self, shape: Shape, visual: int, text: int) -> dict[str, int]:
         """None: no score is computed."""

@@ -113,6 +113,9 @@ class Method:
         """
         raise NotImplementedError
 
+    def ready(self) -> None:
+        """Refuses to run without trained weights, where costs are declared without them. Raises: MethodError."""
+
     def reduce(self, step: Step) -> Reduction | None:
         """The stream that goes on, or None when nothing changes."""
         raise NotImplementedError
@@ -175,11 +178,15 @@ class Method:
         return None
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        """Visual tokens that enter each decoder layer, of a prompt with one image of `n`.
+        """Visual tokens that enter each decoder layer, of a prompt with one image of `n` (or the tiles `shape.whole`).
 
         Declared, not observed: the tests compare it with the trace. Raises: MethodError when it depends on the sample.
         """
         raise NotImplementedError
+
+    def declarable(self) -> Method | None:
+        """The setting whose declared counts are about those of this one, where these depend on the sample."""
+        return None
 
     def caching(self, shape: Shape, entered: Sequence[int], generated: int) -> list[int]:
         """Visual tokens that each layer's cache holds once `generated` tokens have been read after the prompt.

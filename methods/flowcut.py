@@ -98,14 +98,18 @@ class FlowCut(Method):
         return kept(tokens, min(1.0, self.keep * (self.ahead if self.two(shape) else 1)))
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        if shape.sheets or (shape.tiled and shape.has_cls and shape.merge > 1):
+        if not shape.whole and (shape.sheets or (shape.tiled and shape.has_cls and shape.merge > 1)):
             raise MethodError("flowcut: the count depends on how many tiles the image has and what of them is padding")
-        passed = self.target(shape, n)
+        passed = sum(self.target(shape, tokens) for _, tokens in shape.whole) or self.target(shape, n)
         final = min(passed, kept(n, self.keep)) if self.two(shape) else passed
         return [passed if layer < STAGE else final for layer in range(shape.layers)]
 
     def encoder_schedule(self, shape: Shape, cells: int) -> list[int]:
-        raise MethodError("flowcut: how many leave at each layer of the tower depends on the image")
+        end = self.target(shape, cells // shape.merge) * shape.merge + shape.has_cls
+        raise MethodError(
+            "flowcut: how many leave at each layer of the tower depends on the image: "
+            f"{cells + shape.has_cls} of a tile enter layer 0, {end} layer {last(shape) + 1}"
+        )
 
     # Inside the tower
 

@@ -7,7 +7,8 @@ links, is its score. The division favours isolated tokens.
 
 The base view of an image and its crops are two graphs (of InternVL: the thumbnail and all other tiles), a frame of a
 video is one. As in the released code each keeps the fraction `keep`, rounded down, and newlines all go on besides; with
-`newline` = drop they go, and `keep` is the fraction of all visual tokens that stays. Everything is in float32: in half
+`newline` = drop they go, and `keep` is the fraction of all visual tokens that stays, rounded down and shared out by
+size, as it is where there are no newlines. Everything is in float32: in half
 precision the weakest links would have weight 0. Order is kept, positions are compact.
 """
 
@@ -25,7 +26,6 @@ from pruneval.methods.base import (
     Reduction,
     Shape,
     Step,
-    kept,
     strongest,
     torch,
 )
@@ -71,23 +71,32 @@ class GPrune(Method):
         return {0: Needs(vision=(shape.feature_layer,), frames=True)}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        if shape.sheets and self.newline == "keep" and kept(n, self.keep) < n:
-            raise MethodError("gprune: with newline=keep the count depends on the rows of the image")
-        return [kept(n, self.keep)] * shape.layers
+        count = self.most(n)
+        if shape.sheets and self.newline == "keep" and count < n:
+            if not shape.whole:
+                raise MethodError("gprune: with newline=keep the count depends on the rows of the image (newline=drop)")
+            sizes = [tokens for _, tokens in shape.whole]
+            graphs = [sizes[0], sum(sizes[1:])] if shape.whole[0][0] == sizes[0] else sizes
+            count = sum(self.most(size) for size in graphs if size)
+        return [count] * shape.layers
+
+    def most(self, n: int) -> int:
+        """How many of n tokens stay: rounded down, at least one."""
+        return n if self.keep == 1 else max(1, int(n * self.keep + ROUNDING))
 
     def work(self, shape: Shape, visual: int, text: int) -> dict[str, int]:
         """Multiply-adds of the cosines and the rounds, as if all visual tokens were one graph."""
         return {"cosines of visual tokens": visual**2 * shape.hidden, "rounds": visual**2 * self.iterations}
 
     def reduce(self, step: Step) -> Reduction | None:
-        count = kept(step.total, self.keep)
+        count = self.most(step.total)
         if count >= step.total:
             return None
         graphs, score = self.graphs(step), self.score(step)
         shares = spread(count, [len(graph) for graph in graphs])
         newlines = step.visual[:0]
         if step.shape.sheets and self.newline == "keep":
-            shares = [max(1, int(len(graph) * self.keep + ROUNDING)) for graph in graphs]
+            shares = [self.most(len(graph)) for graph in graphs]
             newlines = step.vision.is_newline().nonzero().squeeze(-1)
         chosen = [graph[strongest(score[graph], share)] for graph, share in zip(graphs, shares, strict=True)]
         rest = score.isnan().nonzero().squeeze(-1)[: max(0, count - sum(shares))]

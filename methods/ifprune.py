@@ -53,9 +53,12 @@ class IFPrune(Ranking):
     layer: int = 0
     keep: float = 0.05
 
+    def ready(self) -> None:
+        weights("ifprune", self.checkpoint)
+
     def needs(self, shape: Shape) -> dict[int, Needs]:
         boundary("ifprune", self.layer, shape)
-        lora = part(weights("ifprune", self.checkpoint), "lora.")
+        lora = part(weights("ifprune", self.checkpoint), "lora.") if self.checkpoint else {}
         names = {key.rpartition(".")[0] for key in lora}
         if any(f"{name}.{end}" not in lora for name in names for end in ("down", "up")):
             raise MethodError("ifprune: every low-rank weight in the checkpoint needs its .down and its .up")
@@ -66,7 +69,9 @@ class IFPrune(Ranking):
         return {self.layer: max(1, int(self.keep * n + 1e-9))}
 
     def work(self, shape: Shape, visual: int, text: int) -> dict[str, int]:
-        """The bottleneck's two networks, on every visual token."""
+        """The bottleneck's two networks, on every visual token; not known without weights."""
+        if not self.checkpoint:
+            return {}
         found = weights("ifprune", self.checkpoint)
         networks = [*part(found, "gate.").values(), *part(found, "logvar.").values()]
         return {"bottleneck": visual * sum(one.numel() for one in networks if one.ndim == 2)}

@@ -55,10 +55,13 @@ class Resize(Method):
         return {0: Needs()} if self.keep < 1 else {}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        side = math.isqrt(n)
-        if self.keep < 1 and (shape.tiled or side * side != n):
+        if self.keep == 1:
+            return [n] * shape.layers
+        sizes = [tokens for _, tokens in shape.whole] or [n]
+        sides = [math.isqrt(size) for size in sizes]
+        if (shape.tiled and not shape.whole) or any(side**2 != size for side, size in zip(sides, sizes, strict=True)):
             raise MethodError("resize: the count depends on the height and width of the image's grids")
-        return [math.prod(self.at_pixels(shape, (side, side))) if self.keep < 1 else n] * shape.layers
+        return [sum(math.prod(self.at_pixels(shape, (side, side))) for side in sides)] * shape.layers
 
     def encoder_schedule(self, shape: Shape, cells: int) -> list[int]:
         side = math.isqrt(cells // shape.merge)

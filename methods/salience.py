@@ -63,7 +63,7 @@ class PerTile(Method):
         return {0: Needs(vision=(shape.feature_layer,))}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        if self.newline == "keep" and shape.sheets and kept(n, self.keep) < n:
+        if self.newline == "keep" and shape.sheets and not shape.whole and kept(n, self.keep) < n:
             raise MethodError(f"{self.card.name}: with newline=keep the count depends on the rows that stay")
         return [kept(n, self.keep)] * shape.layers
 

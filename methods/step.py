@@ -42,6 +42,8 @@ class Shape:
         tiled: whether one image or video may become several tiles.
         merge: cells of the tower that become one visual token.
         sheets: whether tiles are put together to larger grids, with newline tokens; then the view is a `Sheets`.
+        whole: (cells, visual tokens) of each tile, where counts are declared for a prompt of whole tiles without
+            newlines, as published costs assume; empty where the prompt's tiles are not known.
     """
 
     layers: int
@@ -55,6 +57,7 @@ class Shape:
     tiled: bool = False
     sheets: bool = False
     merge: int = 1
+    whole: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

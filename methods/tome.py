@@ -69,9 +69,10 @@ class ToMe(Method):
         return {} if self.keep == 1 else dict.fromkeys(range(shape.feature_layer + 1), "attention")
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        if shape.sheets:
+        if shape.sheets and not shape.whole:
             raise MethodError("tome: the count depends on how many tiles the image has")
-        return [n - sum(merges(n, kept(n, self.keep), shape))] * shape.layers
+        tiles = shape.whole or ((n, n),)
+        return [sum(cells - sum(merges(cells, kept(t, self.keep), shape)) for cells, t in tiles)] * shape.layers
 
     def encoder_schedule(self, shape: Shape, cells: int) -> list[int]:
         merged = merges(cells, kept(cells, self.keep), shape)

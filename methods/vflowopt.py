@@ -158,6 +158,9 @@ class VFlowOpt(Method):
             counts.append(n)
         return counts
 
+    def declarable(self) -> Method | None:
+        return replace(self, recycle="exact") if self.recycle == "about" else None
+
     def reduce(self, step: Step) -> Reduction | None:
         if self.keep == 1:
             return None

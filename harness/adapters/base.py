@@ -347,6 +347,7 @@ class Adapter(ABC):
     def supports(self, method: Method) -> str | None:
         """None, or the reason why the method can't run on this model."""
         try:
+            method.ready()
             needs = method.needs(self.shape)
             places = method.encoding(self.shape)
         except MethodError as error:
