@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 EVERY = 10.0
@@ -36,33 +36,54 @@ class Progress:
 
         yield tell
 
+    @contextmanager
+    def sweep(self, title: str) -> Iterator[Any]:
+        """Around many cells: yields a function to be called as (cells done, cells)."""
+        yield lambda done, total: None
+
 
 class Bars(Progress):
-    """Bars on a terminal."""
+    """Bars on a terminal; those that are open at the same time stand under each other."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
         super().__init__()
         self.console = Console(stderr=True)
+        self._bars: Any = None
+        self._open = 0
 
     def say(self, text: str) -> None:
-        """One line."""
+        """One line, above the bars."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def cell(self, title: str) -> Iterator[Any]:
         """Yields a function to be called as (done, total)."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (
-            TextColumn("  {task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        with RichProgress(*columns, console=self.console) as bars:
-            task = bars.add_task(title, total=None)
+        if not self._open:
+            self._bars = self._display()
+            self._bars.start()
+        bars, self._open = self._bars, self._open + 1
+        task = bars.add_task(title, total=None)
+        try:
             yield lambda done, total: bars.update(task, completed=done, total=total)
+        finally:
+            self._open -= 1
+            if self._open:
+                bars.remove_task(task)
+            else:
+                bars.stop()
+
+    def sweep(self, title: str) -> AbstractContextManager[Any]:
+        """As `cell`."""
+        return self.cell(title)
+
+    def _display(self) -> Any:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        text = TextColumn("  {task.description}", markup=False)
+        return Progress(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining(), console=self.console)
 
 
 def progress() -> Progress:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pruneval.harness.errors import UserError
-from pruneval.harness.records import StorageError
 
 DESCRIPTION = """\
 Runs every cell of a study file: methods x budgets x models x benchmarks. Cells that are done are reused; a cell that
@@ -83,44 +82,29 @@ def _run(plan: Any, args: argparse.Namespace) -> int:
     from pruneval.harness.progress import progress
     from pruneval.harness.reuse import reusing
 
-    show, loaded, stack = progress(), [], ExitStack()
-    device, dtype, kernel = models.resolve(plan.located.entry, args.device, args.dtype, None)
-
-    def load() -> Any:
-        if not loaded:
-            loaded.append(models.load(plan.located, device, dtype, kernel))
-            if not args.no_reuse:
-                stack.enter_context(reusing(loaded[0].adapter))
-        return loaded[0]
-
-    failed = []
+    show = progress()
     for what, reason in plan.refused:
         show.say(f"can't run {what}: {reason}")
-    for number, cell in enumerate(plan.cells, 1):
-        show.say(f"{number} of {len(plan.cells)}")
-        reason = _attempt(
-            lambda cell=cell: run.run_cells([cell], args.out, load, batch_size=args.batch_size, show=show)
+    device, dtype, kernel = models.resolve(plan.located.entry, args.device, args.dtype, None)
+    with ExitStack() as stack:
+
+        def load() -> Any:
+            loaded = models.load(plan.located, device, dtype, kernel)
+            if not args.no_reuse:
+                stack.enter_context(reusing(loaded.adapter))
+            return loaded
+
+        records, missed = run.run_cells(
+            plan.cells, args.out, load, batch_size=args.batch_size, show=show, keep_going=True
         )
-        if reason:
-            failed.append((cell, reason))
-            show.say(f"{cell.spec.benchmark}, {cell.spec.method_signature}: {reason}")
+    return _told(plan, args.out, records, missed)
+
+
+def _told(plan: Any, out: Path, records: Sequence[Any], missed: Sequence[Any]) -> int:
+    failed = [(record.spec, f"failed at sample {record.error['sample']}") for record in records if not record.done]
+    failed += [(cell.spec, cell.reason) for cell in missed]
     done = len(plan.cells) - len(failed)
-    print(f"{done} of {len(plan.cells)} cells of {plan.located.entry.name} are done in {args.out}")
-    for cell, reason in failed:
-        print(f"not done: {cell.spec.benchmark}, {cell.spec.method_signature}: {reason}", file=sys.stderr)
+    print(f"{done} of {len(plan.cells)} cells of {plan.located.entry.name} are done in {out}")
+    for spec, reason in failed:
+        print(f"not done: {spec.benchmark}, {spec.method_signature}: {reason}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _attempt(work: Callable[[], tuple[list[Any], list[Any]]]) -> str:
-    """Why a cell is not done; empty when it is."""
-    try:
-        records, missed = work()
-    except StorageError:
-        raise
-    except UserError as error:
-        return str(error)
-    except Exception as error:  # one cell's trouble is not the others'
-        return f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if missed:
-        return missed[0].reason
-    return "" if records[0].done else f"failed at sample {records[0].error['sample']}"

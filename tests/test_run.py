@@ -26,11 +26,11 @@ def go(out: Path, evaluation, cells=None, load=fakes.load):
 
 
 def comparable(out: Path) -> dict[str, dict]:
-    """Every record without its timings, and its samples."""
+    """Every record without its timings (and the commit: somebody may be editing the checkout), and its samples."""
     found = {}
     for record in records.read_records(out):
         plain = record.to_dict()
-        del plain["timing"]
+        del plain["timing"], plain["environment"]["commit"]
         samples = records.read_samples(out / record.spec.hash, record)
         found[record.spec.hash] = (plain, samples.to_dict("list"))
     return found

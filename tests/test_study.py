@@ -11,7 +11,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pruneval.harness import cli, run, study
+from pruneval.harness import cli, runner, study
 from pruneval.harness.errors import UserError
 
 GOOD = {
@@ -106,7 +106,7 @@ def test_a_sweep_does_nothing_twice_and_goes_on_after_a_failure(tmp_path, monkey
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump({**GOOD, "methods": ["random"], "budgets": [{"keep": 0.5}]}))
     asked = []
-    real = run._evaluate
+    real = runner._evaluate
 
     def sometimes(loaded, method, benchmark, **options):
         asked.append((method.card.name, benchmark.name))
@@ -114,7 +114,7 @@ def test_a_sweep_does_nothing_twice_and_goes_on_after_a_failure(tmp_path, monkey
             raise RuntimeError("out of luck")
         return real(loaded, method, benchmark, **options)
 
-    monkeypatch.setattr(run, "_evaluate", sometimes)
+    monkeypatch.setattr(runner, "_evaluate", sometimes)
     argv = ["sweep", str(path), "--out", str(tmp_path / "runs")]
     assert cli.main([*argv, "--dry-run"]) == 0
     assert "4 cells on pocket-llava, 4 to run" in capsys.readouterr().out
