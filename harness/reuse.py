@@ -96,7 +96,8 @@ def _answering(features: Features, name: str, original: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
         return features.get(_key(name, arguments), lambda: original(*args, **kwargs))
 
-    encode.uncached = original  # type: ignore[attr-defined]  # for methods that look into the tower
+    # For methods that look into the tower: the model's own function, behind however many stores.
+    encode.uncached = getattr(original, "uncached", original)  # type: ignore[attr-defined]
     return encode
 
 

@@ -42,6 +42,17 @@ def test_methods_that_look_into_the_tower_get_the_tower(name):
     assert (features.misses, features.hits) == (1, 1)
 
 
+def test_nor_do_they_get_another_store_where_stores_nest():
+    tiny = subject("llava")
+    inputs = tiny.samples[0]
+    expected = logits(tiny, "visionzip", inputs)
+    adapter = adapter_for(tiny.model("sdpa"))
+    with reusing(adapter) as outer, reusing(adapter) as inner:
+        logits(tiny, "fastv", inputs)
+        assert torch.equal(logits(tiny, "visionzip", inputs), expected)
+    assert (outer.misses, outer.hits, inner.misses, inner.hits) == (1, 0, 1, 0)
+
+
 def test_the_model_is_as_before():
     tiny = subject("llava")
     inner = tiny.model("sdpa").model

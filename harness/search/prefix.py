@@ -1,9 +1,9 @@
 """What many evaluations of one prompt have in common is computed once: the image's features, and the lower layers.
 
 A search over what happens from decoder layer `depth` on runs the same prompts again and again. Within `shared(...)`
-the first run of a batch keeps its image features, the stream that leaves layer `depth - 1`, what the layers below put
-into the cache, and what the method did there; later runs of the batch start from these. The engine itself notices
-nothing: layers are entered, streams gathered and caches checked as ever.
+image features are reused, and the first run of a batch keeps the stream that leaves layer `depth - 1`, what the layers
+below put into the cache, and what the method did there; later runs of the batch start from these. The engine itself
+notices nothing: layers are entered, streams gathered and caches checked as ever.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pruneval.harness.adapters import Adapter
 from pruneval.harness.override import override
+from pruneval.harness.reuse import reusing
 from pruneval.methods.base import Method, Needs, Reduction, Shape, Step
 
 
@@ -27,7 +28,6 @@ class Shared:
     def __init__(self) -> None:
         self.batch: Any = None
         self.depth = 0
-        self.features: dict[Any, Any] = {}
         self.streams: dict[Any, Tensor] = {}
         self.caches: dict[Any, tuple[Tensor, Tensor]] = {}
         self.reductions: dict[Any, list[Reduction | None]] = {}
@@ -53,26 +53,10 @@ def shared(adapter: Adapter) -> Iterator[Shared]:
     """
     kept = Shared()
     with ExitStack() as stack:
-        inner = adapter.model.model
-        for name in ("get_image_features", "get_video_features"):
-            original = getattr(inner, name, None)
-            if original is not None:
-                override(inner, name, _remembering(kept, name, original), stack)
+        stack.enter_context(reusing(adapter))
         for index, layer in enumerate(adapter.decoder_layers):
             override(layer, "forward", functools.partial(_layer, kept, index, layer.forward), stack)
         yield kept
-
-
-def _remembering(kept: Shared, name: str, original: Any) -> Any:
-    @functools.wraps(original)
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        key = (kept.batch, name)
-        if key not in kept.features:
-            kept.features[key] = original(*args, **kwargs)
-        return kept.features[key]
-
-    encode.uncached = original  # type: ignore[attr-defined]  # for methods that look into the tower
-    return encode
 
 
 def _layer(kept: Shared, index: int, forward: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
