@@ -38,8 +38,11 @@ class Progress:
 
     @contextmanager
     def sweep(self, title: str) -> Iterator[Any]:
-        """Around many cells: yields a function to be called as (cells done, cells)."""
-        yield lambda done, total: None
+        """Around many cells or trials: yields a function to be called as (done, total, note).
+
+        The note, if there is one, says what was just done.
+        """
+        yield lambda done, total, note="": self.say(f"  {note}") if note else None
 
 
 class Bars(Progress):
@@ -59,14 +62,16 @@ class Bars(Progress):
 
     @contextmanager
     def cell(self, title: str) -> Iterator[Any]:
-        """Yields a function to be called as (done, total)."""
+        """Yields a function to be called as (done, total, note); the note stands behind the title."""
         if not self._open:
             self._bars = self._display()
             self._bars.start()
         bars, self._open = self._bars, self._open + 1
         task = bars.add_task(title, total=None)
         try:
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+            yield lambda done, total, note="": bars.update(
+                task, completed=done, total=total, description=f"{title}: {note}" if note else title
+            )
         finally:
             self._open -= 1
             if self._open:
