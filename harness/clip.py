@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruneval.harness.chat import chat
 from pruneval.harness.errors import UserError
 
 SHORT_ANSWER = (
@@ -175,9 +176,7 @@ def template(processor: Any) -> tuple[str, str]:
     """What the chat template puts in front of a user's text and behind it."""
     if not getattr(processor, "chat_template", None):
         return "", ""
-    message = {"role": "user", "content": [{"type": "text", "text": _MARK}]}
-    whole = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
-    head, _, tail = whole.partition(_MARK)
+    head, _, tail = chat(processor, _MARK, images=0).partition(_MARK)
     return head, tail
 
 

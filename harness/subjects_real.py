@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pruneval.harness.conformance import Subject
+from pruneval.harness.chat import chat
 
 
 def subject_of(name: str, helper: str | None = None) -> Subject:
@@ -38,9 +39,7 @@ def subject_of(name: str, helper: str | None = None) -> Subject:
     pictures = [Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
 
     def prompt(question: str, images: list[Any]) -> dict[str, Any]:
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        text = loaded.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = chat(loaded.processor, question, len(images))
         made = loaded.processor(text=[text], images=images or None, return_tensors="pt")
         return dict(made.to(loaded.device, loaded.model.dtype))
 

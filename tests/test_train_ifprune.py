@@ -7,6 +7,7 @@ import torch
 
 from pruneval import methods
 from pruneval.harness import cli, models
+from pruneval.harness.chat import chat
 from pruneval.harness.search import data
 from pruneval.harness.search.settings import Settings
 from pruneval.harness.search.train_ifprune import Trainer
@@ -94,9 +95,7 @@ def test_what_it_writes_is_what_the_method_reads(trained, tmp_path):
             return scores[-1]
 
     sample = one.data.samples[0]
-    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}]
-    text = loaded.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    inputs = loaded.processor(images=[sample.image], text=[text], return_tensors="pt")
+    inputs = loaded.processor(images=[sample.image], text=[chat(loaded.processor, sample.prompt)], return_tensors="pt")
     adapter = models.adapter_of(loaded, method)
     with torch.no_grad(), pruned(loaded.model, Keeps(**method.params), adapter=adapter) as session:
         loaded.model(**inputs)

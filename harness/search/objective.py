@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pruneval.harness.chat import chat
 from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Tokens
 from pruneval.harness.models import LoadedModel, adapter_of
@@ -126,14 +127,7 @@ class Objective:
 
     def _encode(self, samples: list[Sample]) -> Any:
         processor = self.loaded.processor
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for sample in samples
-        ]
+        texts = [chat(processor, sample.prompt) for sample in samples]
         images = [sample.image for sample in samples]
         inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
         return inputs.to(self.loaded.device, self.loaded.model.dtype)

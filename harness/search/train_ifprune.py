@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pruneval.harness.chat import chat
 from pruneval.harness.helper_prompt import Prompts
 from pruneval.harness.models import LoadedModel
 from pruneval.harness.search.data import Calibration
@@ -154,8 +155,7 @@ class Trainer:
 
     def _example(self, sample: Any) -> Example:
         processor = self.loaded.processor
-        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]}]
-        text = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = chat(processor, sample.prompt)
         ids = processor(images=[sample.image], text=[text], return_tensors="pt")["input_ids"][0]
         ids = Prompts(self.adapter, self.adapter).of(ids, self.adapter.visual_mask(ids), question_first=True)
         tokenizer = processor.tokenizer
