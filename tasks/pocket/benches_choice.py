@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pruneval.tasks.pocket import image_prompts
 from pruneval.tasks.pocket.items import LETTERS, Row, Tables, asked_about, choice, stream, until
 from pruneval.tasks.pocket.questions import QUADRANTS, Question, name
 from pruneval.tasks.pocket.world import COLOURS, SHAPES, Scene, draw, render
@@ -31,8 +32,6 @@ STAR = (
 """MMStar's category and sub-category, and the skill that stands in for it."""
 SUBJECTS = ("Art", "Accounting", "Biology", "Pharmacy", "History", "Materials")
 """One of MMMU's subjects from each of its six domains."""
-WHERE = "Please answer directly with only the letter of the correct option and nothing else."
-WORD = "Please answer directly with a single word or number."
 FRAMES = 4
 
 
@@ -42,7 +41,7 @@ def mmbench_en(seed: int, number: int) -> Tables:
     for index in range(number):
         rng = stream(seed, "mmbench_en", index)
         scene, question = choice(rng, index, FOUR)
-        choices = _shortened(question, index)
+        choices = shortened(question, index)
         hint = "The picture shows some colored objects." if index % 3 == 0 else "nan"
         rows.extend(_rotations(index + 1, question, choices, hint, scene))
     return {"dev": rows}
@@ -52,8 +51,8 @@ def mmbench_cn(seed: int, number: int) -> Tables:
     """The same in Chinese, about colours, shapes and places."""
     rows: list[Row] = []
     for index in range(number):
-        scene, question = until(stream(seed, "mmbench_cn", index), index, _chinese)
-        rows.extend(_rotations(index + 1, question, _shortened(question, index), None, scene))
+        scene, question = until(stream(seed, "mmbench_cn", index), index, chinese)
+        rows.extend(_rotations(index + 1, question, shortened(question, index), None, scene))
     return {"dev": rows}
 
 
@@ -80,7 +79,8 @@ def seedbench(seed: int, number: int) -> Tables:
         rng = stream(seed, "seedbench", index)
         video = index % 4 == 3
         if video:
-            frames, question = _appearing(rng, index)
+            scenes, question = appearing(rng, ("test", "heldout")[index % 2])
+            frames = [render(scene) for scene in scenes]
         else:
             scene, question = choice(rng, index, FOUR)
             frames = [render(scene)]
@@ -152,16 +152,14 @@ def realworldqa(seed: int, number: int) -> Tables:
         rng = stream(seed, "realworldqa", index)
         if index % 3 == 2:
             scene, question = asked_about(rng, index, ("count", "existence", "digit")[index // 3 % 3])
-            text, answer = f"{question.text}\n{WORD}", question.answer.capitalize()
         else:
             scene, question = choice(rng, index, FOUR)
-            lines = "\n".join(f"{letter}. {one}" for letter, one in zip(LETTERS, question.choices, strict=False))
-            text, answer = f"{question.text}\n{lines}\n{WHERE}", question.answer
+        text, answer = image_prompts.realworldqa(question), question.answer.capitalize()
         rows.append({"image": render(scene), "question": text, "answer": answer})
     return {"test": rows}
 
 
-def _shortened(question: Question, index: int) -> tuple[str, ...]:
+def shortened(question: Question, index: int) -> tuple[str, ...]:
     """Four choices, or in every second question three, the right one among them."""
     if index % 2 == 0:
         return question.choices
@@ -193,7 +191,8 @@ def _rotations(base: int, question: Question, choices: Sequence[str], hint: str 
     return rows
 
 
-def _chinese(scene: Scene, rng: np.random.Generator) -> Question | None:
+def chinese(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """A question with four choices in Chinese; None where the scene allows none."""
     shapes = [thing for thing in scene.things if not thing.is_digit]
     if not shapes:
         return None
@@ -216,18 +215,16 @@ def _chinese(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question(form, text, LETTERS[place], (), tuple(words.values()), choices)
 
 
-def _appearing(rng: np.random.Generator, index: int) -> tuple[list[np.ndarray], Question]:
+def appearing(rng: np.random.Generator, split: str) -> tuple[list[Scene], Question]:
     """Frames that show one thing more each, and the question which shape comes last (or first)."""
     while True:
-        scene = draw(rng, ("test", "heldout")[index % 2], FRAMES)
+        scene = draw(rng, split, FRAMES)
         kinds = [thing.kind for thing in scene.things]
         if len(set(kinds)) == FRAMES:
             break
     turn = ("first", "last")[int(rng.integers(2))]
     order = rng.permutation(FRAMES)
-    frames = [
-        render(Scene(tuple(scene.things[i] for i in sorted(order[: shown + 1])), scene.seed)) for shown in range(FRAMES)
-    ]
+    frames = [Scene(tuple(scene.things[i] for i in sorted(order[: shown + 1])), scene.seed) for shown in range(FRAMES)]
     right = kinds[int(order[0] if turn == "first" else order[-1])]
     choices = tuple(name(kinds[i]) for i in rng.permutation(FRAMES))
     answer = LETTERS[choices.index(name(right))]
@@ -243,6 +240,13 @@ def _mmmu(rng: np.random.Generator, index: int, kind: str) -> tuple[list[np.ndar
         scene, question = asked_about(rng, index, ("digit", "count", "colour")[index % 3])
         return [render(scene)], f"<image 1> {question.text}", [], question.answer
     one, other = draw(rng, "test"), draw(rng, "heldout")
-    more = "A" if len(one.things) > len(other.things) else "B" if len(one.things) < len(other.things) else "C"
-    text = "<image 1> <image 2> Which image shows more objects?"
-    return [render(one), render(other)], text, ["the first", "the second", "they show the same number"], more
+    question = fuller(one, other)
+    return [render(one), render(other)], f"<image 1> <image 2> {question.text}", list(question.choices), question.answer
+
+
+def fuller(one: Scene, other: Scene) -> Question:
+    """Which of two images shows more."""
+    difference = len(one.things) - len(other.things)
+    answer = "A" if difference > 0 else "B" if difference < 0 else "C"
+    choices = ("the first", "the second", "they show the same number")
+    return Question("fuller", "Which image shows more objects?", answer, (), (), choices)

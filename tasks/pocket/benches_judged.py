@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from pruneval.tasks.pocket.items import Row, Tables, asked_about, choice, stream, until
 from pruneval.tasks.pocket.questions import Question, phrase
-from pruneval.tasks.pocket.world import COLOURS, HELDOUT_PAIRS, Scene, Thing, draw, render
+from pruneval.tasks.pocket.world import COLOURS, HELDOUT_PAIRS, Scene, Thing, render
 
 SUBSETS = {"VD": ("illusion", "figure"), "VS": ("chart", "map")}
 """Sub-categories of HallusionBench's two halves, visually dependent and visual supplement."""
@@ -22,7 +23,7 @@ def hallusionbench(seed: int, number: int) -> Tables:
     rows: list[Row] = []
     for index in range(number // 4):
         half = ("VD", "VS")[index % 2]
-        scene, (changed, questions) = until(stream(seed, "hallusionbench", index), index, _recoloured)
+        scene, (changed, questions) = until(stream(seed, "hallusionbench", index), index, recoloured)
         for figure, picture in enumerate((scene, changed)):
             for asked, (text, sentence) in enumerate(questions):
                 truth = figure == asked
@@ -51,7 +52,7 @@ def mathvista(seed: int, number: int) -> Tables:
     rows = []
     for index in range(number):
         rng, form = stream(seed, "mathvista", index), FORMS[index % len(FORMS)]
-        scene, question = _calculation(rng, index, form)
+        scene, question = _calculated(rng, index, form)
         kind = {"integer": "integer", "half": "float", "share": "float", "choice": "text", "list": "list"}[form]
         options = list(question.choices) or None
         rows.append(
@@ -88,7 +89,7 @@ def mmvet(seed: int, number: int) -> Tables:
     """Answers of two parts, both wanted, and answers that two phrases may give."""
     rows = []
     for index in range(number):
-        scene, (text, answer, capability) = until(stream(seed, "mmvet", index), index, _vet(index))
+        scene, (text, answer, capability) = until(stream(seed, "mmvet", index), index, vet(index))
         rows.append(
             {
                 "question_id": f"v1_{index}",
@@ -108,19 +109,13 @@ def llava_bench(seed: int, number: int) -> Tables:
     for index in range(number):
         scene, question = asked_about(stream(seed, "llava_bench", index), index, "colour")
         category = CATEGORIES[index % len(CATEGORIES)]
-        caption = _caption(scene)
-        colour = Counter(thing.colour for thing in scene.things).most_common(1)[0][0]
-        text, answer = {
-            "conv": (question.text, f"It is {question.answer}."),
-            "detail": ("Describe the image in detail.", caption),
-            "complex": ("Which color stands out in the image, and why?", f"{colour.capitalize()}: {caption}"),
-        }[category]
+        text, answer = conversation(scene, question, category)
         rows.append(
             {
                 "question_id": index,
                 "image": render(scene),
                 "question": text,
-                "caption": caption,
+                "caption": caption(scene),
                 "image_id": f"{index:03d}.jpg",
                 "gpt_answer": answer,
                 "category": category,
@@ -129,7 +124,17 @@ def llava_bench(seed: int, number: int) -> Tables:
     return {"train": rows}
 
 
-def _recoloured(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[tuple[str, str]]] | None:
+def conversation(scene: Scene, question: Question, category: str) -> tuple[str, str]:
+    """What a category of LLaVA-Bench asks of a scene and the reference answer; ``question`` is for "conv"."""
+    colour = Counter(thing.colour for thing in scene.things).most_common(1)[0][0]
+    return {
+        "conv": (question.text, f"It is {question.answer}."),
+        "detail": ("Describe the image in detail.", caption(scene)),
+        "complex": ("Which color stands out in the image, and why?", f"{colour.capitalize()}: {caption(scene)}"),
+    }[category]
+
+
+def recoloured(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[tuple[str, str]]] | None:
     """The scene with one thing in another colour, and for each of the two colours a question and its answer."""
     single = [i for i, t in enumerate(scene.things) if sum(o.kind == t.kind for o in scene.things) == 1]
     if not single:
@@ -146,25 +151,31 @@ def _recoloured(scene: Scene, rng: np.random.Generator) -> tuple[Scene, list[tup
     return changed, questions
 
 
-def _calculation(rng: np.random.Generator, index: int, form: str) -> tuple[Scene, Question]:
+def _calculated(rng: np.random.Generator, index: int, form: str) -> tuple[Scene, Question]:
     if form == "integer":
         return asked_about(rng, index, "count")
     if form == "choice":
         return choice(rng, index, ("shape", "colour", "position"))
-    while True:
-        scene = draw(rng, ("test", "heldout")[index % 2])
-        digits = [int(thing.kind) for thing in scene.things if thing.is_digit]
-        if form == "half" and len(digits) == 1:
-            return scene, Question("half", "What is half of the number in the image?", str(digits[0] / 2), ())
-        if form == "list" and len(digits) > 1:
-            return scene, Question("list", "Which numbers are in the image, from top to bottom?", str(digits), ())
-        share = sum(thing.colour == scene.things[0].colour for thing in scene.things) / len(scene.things)
-        if form == "share" and share < 1:
-            text = f"What fraction of the objects in the image is {scene.things[0].colour}?"
-            return scene, Question("share", text, str(round(share, 2)), ())
+    return until(rng, index, lambda scene, _: calculation(scene, form))
 
 
-def _vet(index: int):
+def calculation(scene: Scene, form: str) -> Question | None:
+    """Half of the only number ("half"), all numbers ("list"), or the part of a colour ("share")."""
+    digits = [int(thing.kind) for thing in scene.things if thing.is_digit]
+    if form == "half" and len(digits) == 1:
+        return Question("half", "What is half of the number in the image?", str(digits[0] / 2), ())
+    if form == "list" and len(digits) > 1:
+        return Question("list", "Which numbers are in the image, from top to bottom?", str(digits), ())
+    share = sum(thing.colour == scene.things[0].colour for thing in scene.things) / len(scene.things)
+    if form == "share" and share < 1:
+        text = f"What fraction of the objects in the image is {scene.things[0].colour}?"
+        return Question("share", text, str(round(share, 2)), ())
+    return None
+
+
+def vet(index: int) -> Callable[[Scene, np.random.Generator], tuple[str, str, str] | None]:
+    """MM-Vet's question about a scene: text, answer and capabilities; odd ones ask for a place, even for two things."""
+
     def ask(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str] | None:
         placed = [t for t in scene.things if t.quadrant and sum(o.kind == t.kind for o in scene.things) == 1]
         if not placed:
@@ -180,7 +191,9 @@ def _vet(index: int):
     return ask
 
 
-def _caption(scene: Scene) -> str:
+def caption(scene: Scene) -> str:
+    """All things of a scene in a sentence."""
+
     def one(thing: Thing) -> str:
         where = f" in the {thing.quadrant}" if thing.quadrant else ""
         return f"a {phrase(thing.kind, thing.colour)}{where}"

@@ -52,7 +52,7 @@ def vizwiz(seed: int, number: int) -> Tables:
     for index in range(number):
         rng = stream(seed, "vizwiz", index)
         if index % UNANSWERABLE == UNANSWERABLE - 1:
-            scene, question = until(rng, index, _absent)
+            scene, question = until(rng, index, absent)
             category = "unanswerable"
         else:
             skill = ("colour", "shape", "count")[index % 3]
@@ -98,12 +98,7 @@ def infovqa(seed: int, number: int) -> Tables:
     for index in range(number):
         rng = stream(seed, "infovqa", index)
         upper, lower = draw(rng, "test"), draw(rng, "heldout")
-        total = len(upper.things) + len(lower.things)
-        text, answer = (
-            ("How many objects are in the image?", str(total)),
-            ("How many objects are in the top half of the image?", str(len(upper.things))),
-            ("Which half of the image shows more objects?", _more(upper, lower)),
-        )[index % 3]
+        text, answer = about_halves(upper, lower, index % 3)
         golds = [answer, NUMBER_WORDS[int(answer)]] if answer.isdigit() else [answer]
         rows.append(
             {
@@ -111,7 +106,7 @@ def infovqa(seed: int, number: int) -> Tables:
                 "question": text,
                 "answers": golds,
                 "answer_type": ["non-extractive"],
-                "image": np.concatenate([render(upper), render(lower)]),
+                "image": stacked(upper, lower),
                 "image_url": "",
                 "operation/reasoning": ["counting"],
                 "ocr": "",
@@ -126,13 +121,13 @@ def chartqa(seed: int, number: int) -> Tables:
     rows: list[Row] = []
     for index in range(number):
         chart = draw_chart(rng := stream(seed, "chartqa", index))
-        text, answer = _about_bars(chart, rng, index % 4)
+        text, answer = about_bars(chart, rng, index % 4)
         kind = "human_test" if index < number // 2 else "augmented_test"
         rows.append({"type": kind, "question": text, "answer": answer, "image": render_chart(chart)})
     return {"test": rows}
 
 
-def _absent(scene: Scene, rng: np.random.Generator) -> Question | None:
+def absent(scene: Scene, rng: np.random.Generator) -> Question | None:
     """The colour of a shape that is not there."""
     missing = [shape for shape in SHAPES if all(thing.kind != shape for thing in scene.things)]
     if not missing:
@@ -147,12 +142,26 @@ def _golds(question: Question) -> list[str]:
     return [question.answer, f"{OTHER_WORDS[first]} {rest}"] if first in OTHER_WORDS else [question.answer]
 
 
+def stacked(upper: Scene, lower: Scene) -> np.ndarray:
+    """A tall picture: uint8 array (192, 96, 3)."""
+    return np.concatenate([render(upper), render(lower)])
+
+
+def about_halves(upper: Scene, lower: Scene, form: int) -> tuple[str, str]:
+    """How many things there are in all, how many in the top half, or which half has more."""
+    return (
+        ("How many objects are in the image?", str(len(upper.things) + len(lower.things))),
+        ("How many objects are in the top half of the image?", str(len(upper.things))),
+        ("Which half of the image shows more objects?", _more(upper, lower)),
+    )[form]
+
+
 def _more(upper: Scene, lower: Scene) -> str:
     difference = len(upper.things) - len(lower.things)
     return "top" if difference > 0 else "bottom" if difference < 0 else "neither"
 
 
-def _about_bars(chart: Chart, rng: np.random.Generator, form: int) -> tuple[str, str]:
+def about_bars(chart: Chart, rng: np.random.Generator, form: int) -> tuple[str, str]:
     """A whole number, a colour, a share in per cent, or a mean with decimals."""
     i = int(rng.integers(len(chart.values)))
     value, colour = chart.values[i], chart.colours[i]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AddedToken,
@@ -17,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pruneval.tasks.pocket import prompts, questions, vision
+from pruneval.tasks.pocket import image_prompts, prompts, questions, vision
+from pruneval.tasks.pocket.benches_choice import COLOURS_CN, QUADRANTS_CN, SHAPES_CN
 from pruneval.tasks.pocket.world import COLOURS, KINDS, PATCH, SIZE, SPLITS, draw
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -63,6 +65,15 @@ category kind kinds material pattern texture letter capital STOP GO OPEN EXIT SA
 sale taxi cafe bank cat dog sun moon hat pen key box
 """
 
+GLOSSES = {
+    **{word: colour for colour, word in COLOURS_CN.items()}, **{word: shape for shape, word in SHAPES_CN.items()},
+    **{word: place for place, word in QUADRANTS_CN.items()}, "图中": "image", "图中的": "image",
+    "是什么颜色": "What color", "的物体是什么形状": "What shape", "在图中的什么位置": "Where",
+    image_prompts.CHINESE: prompts.LETTER, "unanswerable": "unknown",
+}  # fmt: skip
+"""Words that the model got last, and the words whose embeddings (their mean) they begin from. Chinese has no spaces:
+what MMBench's questions are made of are its words here."""
+
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
@@ -106,12 +117,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
+def own_tokenizer() -> PreTrainedTokenizerFast:
+    """The same words with the same numbers, and pocket-llava's own `GLOSSES` behind them."""
+    made = tokenizer()
+    made.add_tokens([AddedToken(word, normalized=False) for word in GLOSSES])
+    return made
+
+
 def processor() -> LlavaProcessor:
     """The stock processor of the pocket model, with its own tokenizer."""
     side = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=side)
     return LlavaProcessor(
-        images, tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", chat_template=TEMPLATE,
+        images, own_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", chat_template=TEMPLATE,
         image_token="<image>", num_additional_image_tokens=1,
     )  # fmt: skip
 
@@ -136,4 +154,18 @@ def model(tokens: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     )  # fmt: skip
     made = LlavaForConditionalGeneration(config)
     made.generation_config = GenerationConfig(do_sample=False, max_new_tokens=32, **ids)
+    return made
+
+
+@torch.no_grad()
+def widened(old: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """A model made with `tokenizer`, with embeddings for the words of `own_tokenizer` too."""
+    tokens = own_tokenizer()
+    made = model(tokens)
+    weights = old.state_dict()
+    for name, weight in made.state_dict().items():
+        weight[: len(weights[name])] = weights[name]
+    table = made.model.language_model.embed_tokens.weight
+    for word, gloss in GLOSSES.items():
+        table[tokens.convert_tokens_to_ids(word)] = table[tokens.encode(gloss, add_special_tokens=False)].mean(0)
     return made

@@ -53,7 +53,10 @@ MAKERS: dict[str, tuple[Callable[[int, int], Tables], int]] = {
     "video_qa": (benches_video.video_qa, 60),
 }
 """What draws an edition's tables from a seed and a number of questions (MMBench: before they are rotated)."""
-SOURCES = ("world.py", "questions.py", "prompts.py", "charts.py", "clips.py", "items.py", "schemas.py", "editions.py")
+SOURCES = (
+    "world.py", "questions.py", "prompts.py", "image_prompts.py", "charts.py", "clips.py", "items.py", "schemas.py",
+    "editions.py",
+)  # fmt: skip
 """The modules that decide an edition's content, beside the makers."""
 
 

@@ -55,8 +55,12 @@ class Writer:
 
     def question(self, question: Question) -> Block:
         prompt = prompts.scienceqa(question) if question.choices else prompts.gqa(question)
-        asked, answer = self.encode(f"{prompt} ASSISTANT:"), [*self.encode(question.answer), self.end]
-        return asked + answer, [False] * len(asked) + [True] * len(answer)
+        return self.block(prompt, question.answer)
+
+    def block(self, prompt: str, answer: str) -> Block:
+        """Any prompt and its answer."""
+        asked, answered = self.encode(f"{prompt} ASSISTANT:"), [*self.encode(answer), self.end]
+        return asked + answered, [False] * len(asked) + [True] * len(answered)
 
     def caption(self, scene: Scene, rng: np.random.Generator) -> Block:
         """All things in random order; the first attribute names a thing, the loss counts the others."""
@@ -74,16 +78,21 @@ class Writer:
         return [*ids, self.end], [*counted, False]
 
     def pack(
-        self, rows: Sequence[Sequence[Block]], kept: np.ndarray, original: bool = True, hidden: np.ndarray | None = None
-    ) -> Pack:
+        self, rows: Sequence[Sequence[Block]], kept: np.ndarray, original: bool = True,
+        hidden: np.ndarray | None = None, images: int = 1,
+    ) -> Pack:  # fmt: skip
         """Join the blocks of each row behind its image.
 
         ``kept`` (n, k) are the patches kept and ``original`` lets them keep their positions; of them, those marked in
-        ``hidden`` (n, k) are there but seen by no other token.
+        ``hidden`` (n, k) are there but seen by no other token. With several ``images`` a row, ``kept`` numbers their
+        patches on and on, as many of each.
         """
         n, k = kept.shape
-        head = [self.start, *self.encode("USER:"), *[self.image] * k, *self.encode("\n")]
-        after = BEFORE + (TOKENS if original else k) + 1
+        each = k // images
+        head = [self.start, *self.encode("USER:"), *([self.image] * each + self.encode("\n")) * images]
+        stride = (TOKENS if original else each) + 1
+        after = BEFORE + images * stride
+        slots = BEFORE + np.arange(k) + np.arange(k) // each
         length = len(head) + max(sum(len(b[0]) for b in row) for row in rows)
         ids, block = np.full((n, length), self.pad), np.full((n, length), -1)
         positions, counted = np.zeros((n, length), np.int64), np.zeros((n, length), bool)
@@ -91,9 +100,10 @@ class Writer:
             at = len(head)
             ids[r, :at], block[r, :at] = head, 0
             if hidden is not None:
-                block[r, BEFORE : BEFORE + k][hidden[r]] = -1
-            middle = BEFORE + kept[r] if original else BEFORE + np.arange(k)
-            positions[r, :at] = [*range(BEFORE), *middle, after - 1]
+                block[r, slots[hidden[r]]] = -1
+            positions[r, :BEFORE] = range(BEFORE)
+            positions[r, slots] = BEFORE + kept[r] + kept[r] // TOKENS if original else slots
+            positions[r, BEFORE + each : at : each + 1] = BEFORE + stride * np.arange(1, images + 1) - 1
             for number, (piece, counts) in enumerate(row, 1):
                 part = slice(at, at + len(piece))
                 ids[r, part], counted[r, part], block[r, part] = piece, counts, number

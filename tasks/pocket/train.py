@@ -1,8 +1,9 @@
 """Train pocket-llava from nothing: ``python -m pruneval.tasks.pocket.train --out DIR``.
 
-Three stages, in the order of the real models: the vision tower, the alignment of the projector with the words, the
-decoder. Scenes and questions come from the project's own generator and every random choice is seeded. A run that was
-interrupted goes on from its last checkpoint in ``--work``.
+The stages of the real models: the vision tower, the alignment of the projector with the words, and the decoder in
+three courses, the last of which (`prompted`) brings the prompts of every edition of images. Scenes and questions come
+from the project's own generator and every random choice is seeded. A run that was interrupted goes on from its last
+checkpoint in ``--work``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from pruneval.tasks.pocket import build, card, evaluate, language, vision
+from pruneval.tasks.pocket import build, card, evaluate, language, prompted, scores, vision
 
 MODEL = Path(__file__).parent / "models" / "pocket-llava"
 SEED = 0
@@ -76,8 +77,8 @@ def train(out: Path, work: Path) -> None:
 
     start = time.time()
     torch.manual_seed(SEED + 1)
-    processor = build.processor()
-    model = build.model(processor.tokenizer)
+    tokens = build.tokenizer()
+    model = build.model(tokens)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     test = language.Pool(model, 192, SEED + 99, "test")
     for course, size, seed in ((LANGUAGE, POOL, SEED), (POLISH, POLISH_POOL, SEED + 7)):
@@ -88,10 +89,18 @@ def train(out: Path, work: Path) -> None:
             continue
         pool = language.Pool(model, size, seed)
         if course is LANGUAGE and saved["step"] == 0:
-            language.align(model, processor.tokenizer, pool, ALIGN_STEPS, SEED, journal)
+            language.align(model, tokens, pool, ALIGN_STEPS, SEED, journal)
             journal({"stage": "align", "step": ALIGN_STEPS, "seconds": round(time.time() - start)})
-        language.teach(model, processor.tokenizer, pool, test, work, course, seed, journal)
+        language.teach(model, tokens, pool, test, work, course, seed, journal)
+    torch.manual_seed(SEED + 2)
+    processor = build.processor()
+    model = build.widened(model)
+    if not (work / "prompts.pt").exists():
+        save(model, processor, work / "polished")
+        journal({"stage": "editions", "when": "before", "scores": scores.measure(work / "polished", work / "before")})
+    prompted.teach(model, processor.tokenizer, work, prompted.COURSE, SEED + 11, journal)
     save(model, processor, out)
+    journal({"stage": "editions", "when": "after", "scores": scores.measure(out, work / "after")})
     finish(out, journal)
 
 
@@ -110,6 +119,8 @@ def finish(out: Path, journal: Journal) -> None:
         "text_width": config.text_config.hidden_size, "vocabulary": len(processor.tokenizer), "seed": SEED,
         "vision_steps": VISION_STEPS, "vision_batch": VISION_BATCH, "align_steps": ALIGN_STEPS, "pool": POOL,
         "language_steps": LANGUAGE.steps, "language_batch": LANGUAGE.size, "polish_steps": POLISH.steps,
+        "prompts_steps": prompted.COURSE.steps, "prompts_scenes": prompted.COURSE.size,
+        "prompts_albums": prompted.COURSE.beside, "new_words": len(build.GLOSSES),
     }  # fmt: skip
     card.write(out, figures, journal.read(), facts)
 
