@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pruneval.harness.errors import UserError
-from pruneval.harness.models import FILES, ModelEntry, check_folder
+from pruneval.harness.model_files import FILES, check
+from pruneval.harness.models import ModelEntry, families
 
 
 def fetch(row: ModelEntry) -> Path:
@@ -37,7 +38,7 @@ def fetch(row: ModelEntry) -> Path:
 
 def _complete(folder: Path) -> bool:
     try:
-        check_folder(folder)
+        check(folder, families())
     except UserError:
         return False
     return True

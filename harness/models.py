@@ -6,8 +6,6 @@ the hub's cache; only then is the hub asked.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pruneval.harness import model_files
 from pruneval.harness.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -25,9 +24,6 @@ DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16":
 DTYPES |= {"bfloat16": "bfloat16", "bf16": "bfloat16"}
 KERNELS = ("sdpa", "eager", "flash_attention_2")
 DEVICES = ("cpu", "cuda", "mps")
-CONVERTED = {"internvl_chat": "internvl"}  # checkpoints for code of their own, whose tensors are rearranged on loading
-FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
-_SAMPLED_ABOVE = 1 << 28
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -120,22 +116,19 @@ def locate(name_or_path: str) -> Located:
         folder = Path(name_or_path).expanduser()
         if not folder.is_dir() and not ({"/", os.sep} & set(name_or_path) or name_or_path.startswith((".", "~"))):
             raise unknown("model", name_or_path, names())
-        family = check_folder(folder)
+        family = model_files.check(folder, families())
         folder = folder.resolve()
-        return Located(ModelEntry(name=folder.name, title=folder.name, family=family), folder, folder_hash(folder))
+        row = ModelEntry(name=folder.name, title=folder.name, family=family)
+        return Located(row, folder, model_files.digest(folder))
     row = entry(name_or_path)
-    own = _in_users_folder(row)
+    own = _in_users_folder(row) or (packaged(row.name) if row.packaged else None)
     if own is not None:
-        check_folder(own)
-        return Located(row, own, folder_hash(own))
-    if row.packaged:
-        folder = packaged(row.name)
-        check_folder(folder)
-        return Located(row, folder, folder_hash(folder))
+        model_files.check(own, families())
+        return Located(row, own, model_files.digest(own))
     from pruneval.harness import hub
 
     folder = hub.fetch(row)
-    check_folder(folder)
+    model_files.check(folder, families())
     return Located(row, folder, row.revision or folder.name)  # the cache names a snapshot by its commit
 
 
@@ -161,49 +154,15 @@ def text_tower(found: Located) -> str | None:
     return next((str(folder) for folder in folders if folder.is_dir()), name or None)
 
 
-def check_folder(folder: Path) -> str:
-    """The folder's family, when everything a load needs is there."""
-    if not folder.is_dir():
-        raise UserError(f"no model folder at {folder}")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no model: it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    family = CONVERTED.get(str(family), family)
-    if family not in families():
-        raise UserError(f"{folder} holds a model of type {family!r}; supported: {', '.join(families())}")
-    shards = ["model.safetensors"]
-    if (index := folder / "model.safetensors.index.json").is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    missing = [name for name in shards if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        missing.append("processor_config.json")
-    if missing:
-        raise UserError(f"the model in {folder} is incomplete: {', '.join(missing)} missing")
-    return str(family)
-
-
-def _model_type(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-
-
-def folder_hash(folder: Path) -> str:
-    """A short hash of a model's files, so that another model is another spec. Very large files are read in part."""
-    seen = hashlib.sha256()
-    for path in sorted({path for pattern in FILES for path in folder.glob(pattern)}):
-        size = path.stat().st_size
-        seen.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            if size <= _SAMPLED_ABOVE:
-                seen.update(hashlib.file_digest(file, "sha256").digest())
-                continue
-            for block in range(64):
-                file.seek(block * (size - (1 << 20)) // 63)
-                seen.update(file.read(1 << 20))
-    return seen.hexdigest()[:12]
+def text_tower_revision(found: Located) -> str:
+    """A model's text tower by its name and the hub's commit, or a hash of a local folder's files; "" without one."""
+    where = text_tower(found)
+    if where is None:
+        return ""
+    if Path(where).is_dir():
+        return f"{Path(where).name}@{model_files.digest(Path(where))[:8]}"
+    name, _, commit = where.partition("@")
+    return f"{name.split('/')[-1]}@{commit[:8]}"
 
 
 def check_options(device: str | None, dtype: str | None, kernel: str | None) -> None:
@@ -261,7 +220,7 @@ def load(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        if _model_type(found.folder) in CONVERTED:
+        if model_files.converted(found.folder):
             from pruneval.harness.internvl2_processor import load_checkpoint
 
             model, processor = load_checkpoint(found.folder, getattr(torch, dtype), device, kernel)
