@@ -59,6 +59,7 @@ def expand(
     """One cell per method and benchmark, benchmarks outermost."""
     cells = []
     built, asked = list(built), judge.configured()
+    tower = models.text_tower_revision(located) if any(method.card.clip for method in built) else ""
     for name in benchmarks:
         row = benchmark(name)
         for method in built:
@@ -81,6 +82,7 @@ def expand(
                 version=code_version(),
                 frames=sampling(frames) if row.videos else "",
                 judge=asked.name if row.judge and asked else "",
+                text_tower=tower if method.card.clip else "",
             )
             cells.append(Cell(spec, method, row, frames))
     return cells

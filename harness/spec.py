@@ -14,6 +14,8 @@ FRAMES = 8
 """Of each video, where nothing else is said: what the papers use."""
 NOT_IDENTITY = ("given",)
 """What the user typed does not matter once its values are known: `keep=0.5` said or defaulted is the same cell."""
+SOMETIMES = ("frames", "judge", "text_tower")
+"""What most cells do not have: it counts only where it is there, and older records do not name it."""
 
 
 def sampling(frames: int) -> str:
@@ -68,12 +70,15 @@ class RunSpec:
     """How videos are sampled, as "linspace:8"; "" where questions are about images."""
     judge: str = ""
     """The language model that scores, as "gpt-4@api.example.org"; "" where none does."""
+    text_tower: str = ""
+    """What embeds the question in CLIP's space, as "clip-vit-large-patch14-336@ce19dc91"; "" where the method asks for
+    none.
+    """
 
     @cached_property
     def hash(self) -> str:
         """The name of the cell's folder."""
-        # What most cells do not have counts only where it is there.
-        empty = [key for key in ("frames", "judge") if not getattr(self, key)]
+        empty = [key for key in SOMETIMES if not getattr(self, key)]
         identity = {key: value for key, value in asdict(self).items() if key not in (*NOT_IDENTITY, *empty)}
         text = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -86,7 +91,7 @@ class RunSpec:
     def signature(self, avg_in: float | None = None) -> str:
         """What a printed number carries, as `pruneval|fastv(layer=2,keep=0.5)|model@rev|pos:original|…`.
 
-        A type other than float32, a limit and a seed other than 0 are named too.
+        A type other than float32, a limit, a seed other than 0, frames, a judge and a text tower are named too.
 
         Args:
             avg_in: the realised budget: mean over layers of visual tokens that enter the layer.
@@ -101,8 +106,7 @@ class RunSpec:
             parts.append(f"limit:{self.limit}")
         if self.seed:
             parts.append(f"seed:{self.seed}")
-        if self.frames:
-            parts.append(f"frames:{self.frames}")
+        parts += [f"{key}:{getattr(self, key)}" for key in SOMETIMES if getattr(self, key)]
         if avg_in is not None:
             parts.append(f"budget:avg_in={avg_in:.4g}")
         return "|".join([*parts, f"v:{self.version}"])
@@ -115,5 +119,5 @@ class RunSpec:
     def from_dict(cls, data: Mapping[str, Any]) -> RunSpec:
         """The spec a record holds. Raises: KeyError when a field is missing."""
         # `num_beams` has a default and is in every record all the same.
-        late = ("frames", "judge")
-        return cls(**{item.name: data[item.name] for item in fields(cls) if item.name in data or item.name not in late})
+        known = [item.name for item in fields(cls) if item.name in data or item.name not in SOMETIMES]
+        return cls(**{name: data[name] for name in known})

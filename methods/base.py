@@ -73,6 +73,7 @@ class Card:
     merges: bool = False
     reorders: bool = False  # whether survivors may change places
     calibrated: bool = False
+    clip: bool = False  # whether it compares cells with the question in CLIP's space, by the model's text tower
     provisional: str = ""
 
 

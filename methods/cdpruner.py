@@ -44,6 +44,7 @@ class CDPruner(PerTile):
         repository="Theia-4869/CDPruner",
         commit="9541616",
         prompt_aware=True,
+        clip=True,
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
         **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (192, 128, 64, 32)},

@@ -70,6 +70,7 @@ class RCom(Method):
         repository="banjiuyufen/Recoverable-Compression",
         commit="d927594",
         prompt_aware=True,
+        clip=True,
         merges=True,
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {

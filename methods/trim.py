@@ -55,6 +55,7 @@ class Trim(Method):
         repository="FreedomIntelligence/TRIM",
         commit="f5a232d",
         prompt_aware=True,
+        clip=True,
         merges=True,
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {

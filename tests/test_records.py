@@ -15,7 +15,7 @@ import pytest
 from pruneval.harness import records
 from pruneval.harness.errors import UserError
 from pruneval.harness.records import Journal, RecordError, RunRecord, claim, read_record, read_records, write_record
-from pruneval.harness.spec import RunSpec, signature_of
+from pruneval.harness.spec import SOMETIMES, RunSpec, signature_of
 
 SPEC = RunSpec(
     model="pocket-llava",
@@ -50,7 +50,7 @@ def test_the_identity_is_what_decides_the_answers():
         "model": "x", "revision": "x", "method": "x", "params": {"layer": 2, "keep": 0.25}, "benchmark": "x",
         "edition": "full", "data": "x", "limit": 3, "seed": 1, "dtype": "float16", "kernel": "eager",
         "num_beams": 3, "positions": "compact", "prompt_key": "x", "version": "0.2",
-        "frames": "linspace:4", "judge": "x",
+        "frames": "linspace:4", "judge": "x", "text_tower": "x",
     }  # fmt: skip
     assert set(others) | {"given"} == {item.name for item in dataclasses.fields(RunSpec)}
     hashes = {dataclasses.replace(SPEC, **{name: value}).hash for name, value in others.items()}
@@ -72,6 +72,16 @@ def test_a_number_carries_its_signature():
     assert other.signature() == (
         "pruneval|vanilla|pocket-llava@01234567|pos:original|kernel:sdpa|dtype:float16|limit:8|seed:3|v:0.1"
     )
+    judged = dataclasses.replace(SPEC, frames="linspace:8", judge="gpt-4@api.example.org", text_tower="clip@01234567")
+    assert judged.signature(306.0) == (
+        "pruneval|fastv(layer=2,keep=0.5)|pocket-llava@01234567|pos:original|kernel:sdpa|frames:linspace:8"
+        "|judge:gpt-4@api.example.org|text_tower:clip@01234567|budget:avg_in=306|v:0.1"
+    )
+
+
+def test_records_from_before_a_field_keep_their_identity():
+    old = {key: value for key, value in SPEC.to_dict().items() if key not in SOMETIMES}
+    assert RunSpec.from_dict(old) == SPEC and RunSpec.from_dict(old).hash == SPEC.hash == "5932b565667f932f"
 
 
 def test_signatures_agree_with_the_methods():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from steps import shape
 
 from pruneval import methods
 from pruneval.methods import MethodError
@@ -29,6 +30,16 @@ def test_cards_and_parameters_are_complete(name):
     assert method.knob in method.params or name in ("vanilla", "gsearch", "tokenpacker")
     assert methods.build(name, {key: str(value) for key, value in method.params.items()}) == method
     assert dataclasses.is_dataclass(method) and method.__dataclass_params__.frozen
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_card_says_whether_clip_is_asked(name):
+    """A cell's identity goes by the card, the engine by what the method needs."""
+    try:
+        needs = methods.build(name).needs(shape())
+    except MethodError:  # it wants a file or rates first; none of these asks
+        needs = {}
+    assert any(need.clip for need in needs.values()) == methods.card(name).clip
 
 
 def test_parameters_are_remembered():

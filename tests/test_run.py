@@ -15,7 +15,7 @@ from pathlib import Path
 import fakes
 import pytest
 
-from pruneval.harness import records, run
+from pruneval.harness import models, records, run
 from pruneval.harness.errors import UserError
 
 
@@ -69,6 +69,27 @@ def test_vanilla_is_shared_between_methods(tmp_path):
     assert evaluation.answered == 40
     go(tmp_path, evaluation, fakes.cells(limit=8))
     assert evaluation.answered == 120
+
+
+def test_a_text_tower_counts_where_it_is_asked(tmp_path, monkeypatch):
+    def specs(text_tower=""):
+        entry = models.ModelEntry(name="fake", title="Fake", family="llava", text_tower=text_tower)
+        built = [run.build_method(name) for name in ("vanilla", "trim")]
+        return [cell.spec for cell in run.expand(models.Located(entry, tmp_path, "r"), built, ["pocket-gqa"])]
+
+    monkeypatch.delenv("PRUNEVAL_MODELS", raising=False)
+    vanilla, none = specs()
+    assert vanilla.text_tower == none.text_tower == ""
+    hub = specs("openai/clip-vit@0123456789abcdef")
+    assert hub[0] == vanilla and hub[1].text_tower == "clip-vit@01234567"
+    (tmp_path / "text_tower").mkdir()
+    seen = {none.hash, hub[1].hash}
+    for content in ("{}", '{"x": 1}'):
+        (tmp_path / "text_tower" / "config.json").write_text(content)
+        local = specs()
+        assert local[0] == vanilla and local[1].text_tower.startswith("text_tower@")
+        seen.add(local[1].hash)
+    assert len(seen) == 4
 
 
 SCRIPT = """
