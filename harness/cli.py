@@ -253,7 +253,8 @@ def _list(args: argparse.Namespace) -> int:
         return 0
     width = max(len(row["name"]) for row in rows)
     for row in rows:
-        print(f"{row['name']:<{width}}  {row['summary']}")
+        mark = f" [provisional: {row['provisional']}]" if row.get("provisional") else ""
+        print(f"{row['name']:<{width}}  {row['summary']}{mark}")
     return 0
 
 

@@ -48,7 +48,8 @@ class HoloV(Method):
         "holov",
         "HoloV",
         seam=("embed",),
-        summary="Gives each strip of an image its share by attention and variety; keeps its most attended tokens.",
+        summary="Gives each strip of an image its share by attention and variety; keeps its most attended tokens "
+        "(without refetching dropped ones).",
         paper='Don\'t Just Chase "Highlighted Tokens" in MLLMs: Revisiting Visual Holistic Context Retention',
         year=2025,
         arxiv="2510.02912",

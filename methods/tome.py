@@ -47,6 +47,7 @@ class ToMe(Method):
         arxiv="2210.09461",
         repository="facebookresearch/ToMe",
         merges=True,
+        reorders=True,
         provisional="no configuration for language models is published: the even schedule over layers is ours",
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {

@@ -56,6 +56,7 @@ class VisionZip(Method):
         repository="dvlab-research/VisionZip",
         commit="3151f6d",
         merges=True,
+        reorders=True,
     )
 
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
