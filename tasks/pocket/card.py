@@ -98,8 +98,8 @@ from the project's generator.
 patches that hold things (in stage 3 now and then a random few of each thing's) and random background up to 48 or 24
 patches, at times (in stage 3) with positions closed up; in stages 4 and 5 also with no background at all. This is
 faster, and it makes the model more at ease with dropped tokens than one that always saw all of them; large models owe
-the same ease to their size. The last 12 % of stage 3 and 45 % of stage 5 use whole images only; what stands beside the scenes
-of stage 5 is whole too. No step removes a whole thing.
+the same ease to their size. The last 12 % of stage 3 and 45 % of stage 5 use whole images only; what stands beside the
+scenes of stage 5 is whole too. No step removes a whole thing.
 
 Time on two CPU cores: {times}.
 

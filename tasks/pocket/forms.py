@@ -135,7 +135,7 @@ def vizwiz(scene: Scene, rng: np.random.Generator) -> Asked | None:
 
 
 def mathvista(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    """All of MathVista's forms, in which a letter or a value is the whole answer."""
+    """All of MathVista's forms; a letter or a value is the whole answer. A list's brackets are no words."""
     form = _skill(rng, benches_judged.FORMS)
     question: Question | None
     if form == "integer":
