@@ -79,10 +79,12 @@ def _given(pairs: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 def _pair(family: str, name: str, given: tuple[tuple[str, str], ...]) -> list[Any]:
     """The verdicts of one method on one family's tiny model (in a worker process)."""
-    from pruneval.harness import conformance, subjects
+    from pruneval.harness import subjects
+    from pruneval.harness.cases import Case
+    from pruneval.harness.conformance import verdicts
 
     given = given or subjects.PARAMS.get(name, ())
-    return list(conformance.verdicts(conformance.Case(name, subjects.subject(family), given=given)))
+    return list(verdicts(Case(name, subjects.subject(family), given=given)))
 
 
 def _one_thread() -> None:
@@ -118,14 +120,15 @@ def _console() -> Any:
 def _on_model(name: str, names: Sequence[str], given: tuple) -> list[Any]:
     from rich.progress import track
 
-    from pruneval.harness import conformance
+    from pruneval.harness.cases import Case
+    from pruneval.harness.conformance import verdicts
     from pruneval.harness.subjects_real import subject_of
 
     subject = subject_of(name, dict(given).get("helper"))
-    cases = [conformance.Case(method, subject, given=given) for method in names]
+    cases = [Case(method, subject, given=given) for method in names]
     found: list[Any] = []
     for case in track(cases, "checking", console=_console()):
-        found += conformance.verdicts(case)
+        found += verdicts(case)
     return found
 
 

@@ -15,8 +15,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 from pruneval.harness.adapters import Adapter, adapter_for
+from pruneval.harness.cases import Inputs, Subject
 from pruneval.harness.clip import TextTower
-from pruneval.harness.conformance import Inputs, Subject
 
 IMAGE, VIDEO, START, END, PAD, BOS, EOS = 240, 241, 242, 243, 3, 1, 2
 SIZE, PATCH = 56, 14

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pruneval.harness.conformance import Subject
+from pruneval.harness.cases import Subject
 from pruneval.harness.chat import chat
 
 

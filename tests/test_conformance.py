@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pruneval import methods
-from pruneval.harness import cli, conformance, prefill, session, stream, subjects
+from pruneval.harness import cli, prefill, session, stream, subjects
 from pruneval.harness.adapters import Adapter
 from pruneval.harness.check import FAMILIES, to_text
 from pruneval.harness.conformance import CHECKS, Broken, Case, NotApplicable, Verdict, verdicts
@@ -256,4 +256,4 @@ def test_the_command_answers_with_its_exit_code(capsys):
 
 def test_not_applicable_reasons_are_kept():
     with pytest.raises(NotApplicable, match=r"renumbers|merges"):
-        conformance.masking(Case("visionzip", subjects.subject(LLAVA)))
+        CHECKS["masking"](Case("visionzip", subjects.subject(LLAVA)))
