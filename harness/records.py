@@ -53,6 +53,8 @@ class RunRecord:
     """metric -> {"value", "n", "stderr"}, at full precision; empty when failed."""
     budget: dict[str, float] = field(default_factory=dict)
     """Means over the samples: visual_tokens, avg_in, kept_after, final, keep, and early where a helper may answer."""
+    provisional: str = ""
+    """Why the method is not yet its paper's, as its card says; usually empty."""
     implied: dict[str, Any] | None = None
     """Cost computed from dimensions and declared lengths, when it could be."""
     measured: dict[str, Any] | None = None

@@ -50,6 +50,23 @@ class Entry:
         return {key: total / totals[key] for key, total in sums.items()}
 
     @cached_property
+    def remarks(self) -> tuple[str, ...]:
+        """What must be said of the row: why its method is provisional, and what models beside the large one cost."""
+        done = [record for record in self.records.values() if record]
+        remarks = [f"provisional: {record.provisional}" for record in done if record.provisional]
+        costs = [record.implied for record in done if record.implied and record.implied.get("helper_tflops")]
+        if costs:
+            helper, whole, plain = (
+                sum(cost[key] for cost in costs) / len(costs)
+                for key in ("helper_tflops", "tflops_with_helpers", "unpruned_tflops")
+            )
+            remarks.append(
+                f"besides the model ({', '.join(costs[0]['helpers'])}): {helper:.3g} TFLOPs implied, "
+                f"{whole:.3g} in all, {plain:.3g} un-pruned"
+            )
+        return tuple(dict.fromkeys(remarks))
+
+    @cached_property
     def runs(self) -> tuple[str, ...]:
         """The folders of its records."""
         return tuple(record.spec.hash for record in self.records.values() if record)

@@ -101,7 +101,7 @@ class Join:
         stderr = None if score.get("stderr") is None else score["stderr"] * benchmark.scale
         return Found(
             score["value"] * benchmark.scale,
-            notes=_several(done),
+            notes=(*_several(done), *[f"provisional: {record.provisional}"] * bool(record.provisional)),
             stderr=stderr,
             digits=1 if benchmark.scale != 1 or benchmark.maximum <= 100 else 0,
             signatures=(record.spec.signature(record.budget.get("avg_in")),),
