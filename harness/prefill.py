@@ -5,24 +5,20 @@ continued (`decode`).
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pruneval.harness.clip import ClipView, Questions
 from pruneval.harness.decoding import Decoding
 from pruneval.harness.errors import UserError
 from pruneval.harness.layout import Layout, Tokens, Trace
+from pruneval.harness.sight import Sight
 from pruneval.harness.stream import Stream, prompt_layout, starts
 from pruneval.methods.base import MethodError, Reduction, Step
 
 if TYPE_CHECKING:
     from pruneval.harness.adapters.base import Encoding
-    from pruneval.harness.attention import HeadAttention
-    from pruneval.harness.helper import HelperView
     from pruneval.harness.session import Session
 
 
@@ -57,10 +53,8 @@ class Prefill:
         self.streams: dict[int, Stream] = {}
         self.stream: Stream | None = None
         self.memory: list[dict[str, Any]] = [{} for _ in range(ids.shape[0])]
-        self._questions = Questions(session.text_tower, session.adapter.processor)
-        self._helped: dict[int, list[HelperView | None]] = {}
         self.trace: Trace
-        self.embeddings: Tensor
+        self._sight: Sight  # while the prompt is read
 
     # Reading the prompt
 
@@ -87,10 +81,8 @@ class Prefill:
         """Closes the trace and compares it with the cache. Raises: RuntimeError when they differ."""
         self.done = True
         self.session.recorder.on = False
-        self.encoded, self.embeddings = [], self.embeddings[:, :0]  # what decoding does not need
-        self.rotation = None
-        self.__dict__.pop("_visions", None)
-        self._helped.clear()
+        self.encoded = []
+        del self._sight  # with all that decoding does not need
         if self.cache is None or not self.active:
             return
         lengths = [self.cache.layers[layer].keys.shape[-2] for layer in range(self.trace.layers)]
@@ -109,22 +101,22 @@ class Prefill:
         batch, length = self.ids.shape
         position = position.expand(*position.shape[:-2], batch, length)
         self.trace = Trace(prompt_layout(self.visual, self.real, position), self.session.shape.layers)
-        self.embeddings, self.rotation = hidden, rotation
+        self._sight = Sight(self, hidden, rotation)
         self.last_position = position[..., -1].reshape(-1, batch).amax(0)
 
     def _reduce(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         before = self.trace.layouts[-1] if self.trace.layouts else self.trace.prompt
         pads = starts(before, hidden.shape[1])
-        upcoming = functools.cache(functools.partial(self._peek, index, hidden, kwargs))
+        upcoming = functools.cache(functools.partial(self._sight.ahead, index, hidden))
         results: list[Reduction | None] = []
         for row, tokens in enumerate(before.samples):
             if not bool(tokens.visual.any()):
                 results.append(None)
                 continue
-            step = self._step(index, row, tokens, hidden[row, pads[row] :], pads[row], upcoming)
+            step = self._sight.step(index, row, tokens, hidden[row, pads[row] :], upcoming)
             results.append(self._checked(self.session.method.reduce(step), tokens))
             if step.helping is not None and self.session.method.settles(step):
-                self.session.early[row // self._beams] = step.helper.answer
+                self.session.early[row // self._sight.beams] = step.helper.answer
             if index == 0 and self.session.towers.places:
                 self._note_tower(row, step, results[-1])
         if all(result is None for result in results):
@@ -193,113 +185,6 @@ class Prefill:
             name = self.session.method.card.name
             raise MethodError(f"{name}: visual tokens whose cells left the vision tower must be dropped at layer 0")
 
-    # What a method sees
-
-    def _step(
-        self, index: int, row: int, tokens: Tokens, hidden: Tensor, pad: int, upcoming: Callable[[], Any]
-    ) -> Step:
-        session, need = self.session, self.session.needs[index]
-        prompt = self.trace.prompt.samples[row]
-        start = self.embeddings.shape[1] - len(prompt)
-        key = self._key(row)
-        return Step(
-            layer=index,
-            hidden=hidden,
-            origin=tokens.origin,
-            visual=tokens.visual.nonzero().squeeze(-1),
-            total=int(prompt.visual.sum()),
-            shape=session.shape,
-            embeddings=self.embeddings[row, start:],
-            spans=self._spans[row],
-            generator=lambda: session.generator(key, index),
-            seen={layer: self._seen(layer, row) for layer in need.attention},
-            vision=self._visions[row] if need.vision or session.towers.places or session.resizing else None,
-            clips=self._clips(row) if need.frames else (),
-            clip=self._clip(row) if need.clip else None,
-            upcoming=(lambda: self._sampled(upcoming(), row, tokens, self.stream)) if need.next else None,
-            helping=functools.partial(self._help, index, row) if need.helper else None,
-            memory=self.memory[row],
-            final_norm=session.adapter.final_norm,
-        )
-
-    def _clips(self, row: int) -> list[Tensor]:
-        visual = self.trace.prompt.samples[row].visual.nonzero().squeeze(-1)
-        return [visual[clip.to(visual.device)] for clip in self._visions[row].clips()]
-
-    def _clip(self, row: int) -> ClipView:
-        given, real = self.session.questions, self.real[row]
-        text = None if given is None else self._of_sample(given, row, "questions")
-        return self._questions.view(self.ids[row][real], self.visual[row][real], text)
-
-    def _help(self, index: int, row: int) -> HelperView:
-        """What the helper makes of a sample; it reads the whole batch when the first sample asks."""
-        session, beams = self.session, self._beams
-        if not beams:
-            raise UserError(f"{session.method.card.name}: images must be encoded within the pruned() block")
-        if index not in self._helped:
-            rows = range(0, len(self.memory), beams)
-            prompts = [(self.ids[each][self.real[each]], self.visual[each][self.real[each]]) for each in rows]
-            self._helped[index] = session.helping.read(session.needs[index].helper, prompts, self.encoded)
-        return self._helped[index][row // beams]
-
-    def _seen(self, layer: int, row: int) -> HeadAttention:
-        """The attention of an earlier layer, over the tokens that entered it."""
-        call = self.session.recorder.calls[("text", layer)][-1]
-        tokens = self.trace.entering(layer).samples[row]
-        return self._sampled(call, row, tokens, self.streams.get(layer))
-
-    def _sampled(self, call: Any, row: int, tokens: Tokens, stream: Stream | None) -> HeadAttention:
-        rotation = self.rotation if stream is None else stream.rotation(self.embeddings)
-        return call.sample(row, call.query.shape[2] - len(tokens), tokens.origin, rotation, tokens.weight)
-
-    def _peek(self, index: int, hidden: Tensor, kwargs: dict[str, Any]) -> Any:
-        adapter = self.session.adapter
-        rotation = self.rotation if self.stream is None else self.stream.rotation(hidden)
-        normed = adapter.attention_norm(index)(hidden)
-        return self.session.recorder.peek(
-            ("text", index), adapter.attention(index), hidden_states=normed, position_embeddings=rotation
-        )
-
-    @functools.cached_property
-    def _visions(self) -> list[Any]:
-        adapter, beams = self.session.adapter, self._beams
-        if not beams:
-            name = self.session.method.card.name
-            raise UserError(f"{name} reads the vision tower, so images must be encoded within the pruned() block")
-        views = adapter.visions(self._placeholders[::beams], self.encoded)
-        views = [adapter.placed(view, mine) for view, mine in zip(views, self._spans[::beams], strict=True)]
-        return [views[row // beams] for row in range(len(self._placeholders))]
-
-    @functools.cached_property
-    def _spans(self) -> list[tuple[tuple[int, int], ...]]:
-        runs, beams = [_runs(tokens.visual) for tokens in self.trace.prompt.samples], self._beams
-        if not beams:
-            return runs
-        spans = self.session.adapter.spans(runs[::beams], self._placeholders[::beams], self.encoded)
-        return [spans[row // beams] for row in range(len(runs))]
-
-    @functools.cached_property
-    def _placeholders(self) -> list[Tensor]:
-        return [ids[visual] for ids, visual in zip(self.ids, self.visual, strict=True)]
-
-    @functools.cached_property
-    def _beams(self) -> int:
-        """How many rows each encoded sample fills; 0 when the features did not come from this block's encoders."""
-        count, total = sum(map(len, self._placeholders)), sum(sum(encoding.lengths) for encoding in self.encoded)
-        return count // total if total and count % total == 0 else 0
-
-    def _key(self, row: int) -> str:
-        keys = self.session.sample_keys
-        if keys is None:
-            ids = self.ids[row][self.real[row]].tolist()
-            return hashlib.sha256(repr(ids).encode()).hexdigest()
-        return self._of_sample(keys, row, "sample_keys")
-
-    def _of_sample(self, given: Sequence[str], row: int, name: str) -> str:
-        if not given or len(self.memory) % len(given):
-            raise UserError(f"session.{name} names {len(given)} samples, the batch has {len(self.memory)}")
-        return given[row // (len(self.memory) // len(given))]
-
     # Continuing it
 
     def decode(self, index: int, hidden: Tensor, position: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -328,9 +213,3 @@ class Prefill:
 def _fixed(layer: Any) -> bool:
     """Whether a cache layer has a length of its own."""
     return bool(getattr(layer, "is_sliding", False)) or bool(getattr(layer, "max_cache_len", 0))
-
-
-def _runs(visual: Tensor) -> tuple[tuple[int, int], ...]:
-    """Unbroken runs of visual tokens, as (start, stop)."""
-    edges = torch.nn.functional.pad(visual.int(), (1, 1)).diff()
-    return tuple(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = Path(pruneval.harness.__file__).parent.parent
 ROOMS = ("harness", "methods", "tasks", "reports")
 HEAVY = {"torch", "transformers", "lmms_eval", "datasets", "pandas", "numpy", "matplotlib", "huggingface_hub"}
-ENGINE = {"session", "prefill", "stream", "layout", "attention"}
+ENGINE = {"session", "prefill", "sight", "stream", "layout", "attention", "tower", "tower_packed", "override"}
 
 
 def modules() -> dict[str, Path]:
