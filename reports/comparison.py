@@ -86,11 +86,11 @@ def comparison(
     title = f"{one.model}: {'pocket scores, ' if pocket else ''}{len(known)} benchmark{'s' * (len(known) > 1)}"
     if one.limit:
         title += f", the first {one.limit} questions of each"
-    columns = [Column(_heading(row, counts[name]), row.higher_is_better) for name, row in known.items()]
-    columns.append(Column("average, pocket (% of maximum)" if pocket else "average (% of maximum)", True))
-    columns.append(Column("relative to vanilla (%)", True))
-    columns += [Column("right answers over random (points)", True)] * tested
-    columns.append(Column("visual tokens (avg_in)"))
+    columns = [_column(row, counts[name]) for name, row in known.items()]
+    columns.append(Column("average, pocket" if pocket else "average", True, unit="% of maximum"))
+    columns.append(Column("relative to vanilla", True, unit="%"))
+    columns += [Column("right answers over random", True, unit="points")] * tested
+    columns.append(Column("visual tokens", unit="avg_in"))
     return Table(title, "method", tuple(columns), ranked(columns, rows), _notes(pocket, tested), pocket)
 
 
@@ -149,10 +149,10 @@ def _notes(pocket: bool, tested: bool) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _heading(row: Benchmark, counts: set[int]) -> str:
-    arrow = "" if row.higher_is_better else ", lower is better"
-    n = f", n={min(counts)}" if len(counts) == 1 else ""
-    return f"{row.title} ({row.unit}{arrow}{n})" if "(" not in row.title else f"{row.title} [{row.unit}{arrow}{n}]"
+def _column(row: Benchmark, counts: set[int]) -> Column:
+    parts = [row.unit, *["lower is better"] * (not row.higher_is_better)]
+    parts += [f"n={min(counts)}"] if len(counts) == 1 else []
+    return Column(row.title, row.higher_is_better, unit=", ".join(parts))
 
 
 def _score(entry: Entry, name: str, row: Benchmark, reason: str, counts: set[int], above: Tests) -> Cell:
@@ -204,7 +204,7 @@ def _over_chance(entry: Entry, group: Group, above: Tests) -> Cell:
 def _budget(entry: Entry, group: Group) -> Cell:
     kept, whole = entry.budget("avg_in"), entry.budget("visual_tokens")
     if kept is None or not whole:
-        return Cell("-")
+        return Cell("-", notes=entry.remarks)
     rival = group.chance(entry)
     more = kept / rival.budget("avg_in") if rival else 1.0  # type: ignore[operator]
     note = (f"{100 * more - 100:.0f} % more visual tokens than the `random` it is compared with",)
@@ -213,4 +213,5 @@ def _budget(entry: Entry, group: Group) -> Cell:
         if round(whole) == whole
         else f"{kept:.1f} of {whole:.1f}"
     )
-    return Cell(text, kept, notes=note if more > MORE else (), signatures=(entry.signature,), runs=entry.runs)
+    notes = (*note * (more > MORE), *entry.remarks)
+    return Cell(text, kept, notes=notes, signatures=(entry.signature,), runs=entry.runs)

@@ -19,7 +19,7 @@ def to_csv(tables: Iterable[Table]) -> str:
     for table in tables:
         for row in table.rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
-                heading = f"{column.group}: {column.heading}" if column.group else column.heading
+                heading = f"{column.group}: {column.whole}" if column.group else column.whole
                 value = "" if cell.value is None else repr(cell.value)
                 stderr = "" if cell.stderr is None else repr(cell.stderr)
                 many = ("; ".join(cell.notes), " ".join(cell.signatures), " ".join(cell.runs))

@@ -57,7 +57,7 @@ def pareto(frame: pd.DataFrame, cost: str, gain: str) -> pd.DataFrame:
 
 def quality(frame: pd.DataFrame, cost: str = "tflops") -> Figure:
     """Score relative to vanilla against a cost; names stand at the front and at the baselines."""
-    figure, axes = _axes(7.6, 4.4)
+    figure, axes = _axes(6.4, 4.2)
     frame = frame.dropna(subset=[cost, "relative"])
     front = pareto(frame, cost, "relative")
     others = frame[~frame["method"].isin(NAMED)]
@@ -87,7 +87,7 @@ def keep_rates(frame: pd.DataFrame, fitted: bool = True) -> Figure:
     axes.set_ylim(0, 1.05)
     axes.set_xlabel("decoder layer (0-based)")
     axes.set_ylabel("keep (visual tokens entering / all)")
-    axes.legend(frameon=False, fontsize=7, ncols=1 + len(frame["label"].unique()) // 8, loc="upper right")
+    axes.legend(frameon=False, fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
 
 

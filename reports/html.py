@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -12,6 +13,11 @@ from pruneval.reports.table import BEST, SECOND, Cell, Column, Row, Table
 STYLES = {BEST: "<b>{}</b>", SECOND: "<u>{}</u>", "": "{}"}
 BREAKS = ",|/=("
 """A long name may go on in the next line behind these signs."""
+WIDE, LONG = 10, 8
+"""In tables with more columns what follows a number stands below it, and headings of more letters stand upright."""
+
+HALF = 520
+"""Points: what half a page has room for without making a figure's letters much smaller."""
 
 
 def page(title: str, tables: Sequence[Table], figures: Mapping[str, str] | None = None) -> str:
@@ -27,10 +33,8 @@ def page(title: str, tables: Sequence[Table], figures: Mapping[str, str] | None 
     links = [f'<a href="#table-{at}">{escape(table.title)}</a>' for at, table in enumerate(tables)]
     links += [f'<a href="#figure-{at}">{escape(caption)}</a>' for at, caption in enumerate(figures)]
     body = [_table(at, table) for at, table in enumerate(tables)]
-    body += [
-        f'<figure id="figure-{at}">{_embedded(svg)}<figcaption>{escape(caption)}</figcaption></figure>'
-        for at, (caption, svg) in enumerate(figures.items())
-    ]
+    drawn = [_figure(at, caption, svg) for at, (caption, svg) in enumerate(figures.items())]
+    body += ['<div class="figures">', *drawn, "</div>"] if drawn else []
     hint = "Click a heading to sort; point at a number for what was run to get it."
     return "\n".join(
         [
@@ -56,7 +60,7 @@ def _table(at: int, table: Table) -> str:
     marked = [f'<li id="note-{at}-{number}" value="{number}">{escape(note)}</li>\n' for note, number in notes.items()]
     parts = [
         f'<section id="table-{at}">\n<h2>{escape(table.title)}{badge}</h2>',
-        f"<table>\n<thead>\n{_head(table.head, table.columns)}</thead>",
+        f"<table{_shape(table)}>\n<thead>\n{_head(table, badge)}</thead>",
         *bodies,
         "</table>",
         f'<ol class="notes">\n{"".join(marked)}</ol>' if marked else "",
@@ -66,31 +70,59 @@ def _table(at: int, table: Table) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _head(head: str, columns: Sequence[Column]) -> str:
+def _shape(table: Table) -> str:
+    if len(table.columns) <= WIDE:
+        return ""
+    upright = any(len(column.heading) > LONG or column.unit for column in table.columns)
+    return f' class="wide{" upright" * upright}"'
+
+
+def _head(table: Table, badge: str) -> str:
     over = ""
-    if any(column.group for column in columns):
-        groups = [(group, len(list(among))) for group, among in groupby(columns, key=lambda column: column.group)]
+    if any(column.group for column in table.columns):
+        groups = [(group, len(list(among))) for group, among in groupby(table.columns, key=lambda column: column.group)]
         cells = "".join(f'<th colspan="{width}" class="group">{escape(group)}</th>' for group, width in groups)
         over = f"<tr><td></td>{cells}</tr>\n"
-    names = "".join(f'<th scope="col" data-sort>{escape(column.heading)}</th>' for column in columns)
-    return f'{over}<tr><th scope="col" class="label" data-sort>{escape(head)}</th>{names}</tr>\n'
+    names = "".join(map(_heading, table.columns))
+    return f'{over}<tr><th scope="col" class="label" data-sort>{escape(table.head)}{badge}</th>{names}</tr>\n'
+
+
+def _heading(column: Column) -> str:
+    """The name over its unit; the badge beside the table's head says "pocket" for all of them."""
+    name = column.heading.replace(" (pocket)", "").replace(", pocket", "")
+    unit = f"<small>{escape(column.unit)}</small>" if column.unit else ""
+    return f'<th scope="col" title="{escape(column.whole)}" data-sort><span>{escape(name)}{unit}</span></th>'
 
 
 def _row(row: Row, notes: dict[str, int], at: int) -> str:
     cells = "".join(_cell(cell, notes, at) for cell in row.cells)
     kind = "" if row.ranked else ' class="apart"'
-    return f'<tr{kind}><th scope="row" class="label">{_breakable(row.label)}</th>{cells}</tr>\n'
+    return f'<tr{kind}><th scope="row" class="label">{_label(row.label)}</th>{cells}</tr>\n'
+
+
+def _label(text: str) -> str:
+    """A method's name, and its parameters in smaller type."""
+    name, sign, parameters = text.partition("(")
+    if not sign or name.endswith(" "):
+        return _breakable(text)
+    return f"{escape(name)}<small>{_breakable(sign + parameters)}</small>"
 
 
 def _cell(cell: Cell, notes: dict[str, int], at: int) -> str:
+    parted = cell.value is not None or " / " in cell.text
+    number, _, rest = cell.text.partition(" ") if parted else (cell.text, "", "")
     value = "" if cell.value is None else f' data-value="{cell.value!r}"'
     behind = _behind(cell)
     hover = f' title="{escape(behind)}"' if behind else ""
-    text = STYLES[cell.rank].format(escape(cell.text))
+    text = STYLES[cell.rank].format(escape(number))
     mark = f'<span class="mark">{escape(cell.mark)}</span>' if cell.mark else ""
+    interval = ' class="interval"' if rest.startswith("[") else ""
+    more = f" <small{interval}>{escape(rest)}</small>" if rest else ""
+    if rest.startswith("/"):  # what is marked is the other number
+        mark, more = "", more + mark
     numbers = [notes.setdefault(note, len(notes) + 1) for note in cell.notes]
     links = ",".join(f'<a href="#note-{at}-{number}">{number}</a>' for number in numbers)
-    return f"<td{value}{hover}>{text}{mark}{f'<sup>{links}</sup>' if links else ''}</td>"
+    return f"<td{value}{hover}>{text}{mark}{f'<sup>{links}</sup>' if links else ''}{more}</td>"
 
 
 def _behind(cell: Cell) -> str:
@@ -106,9 +138,12 @@ def _breakable(text: str) -> str:
     return "".join(escape(sign) + ("<wbr>" if sign in BREAKS else "") for sign in text)
 
 
-def _embedded(svg: str) -> str:
-    """The drawing without its XML head."""
-    return svg[svg.index("<svg") :]
+def _figure(at: int, caption: str, svg: str) -> str:
+    """The drawing without its XML head; two stand side by side where neither is too wide for that."""
+    svg = svg[svg.index("<svg") :]
+    width = re.match(r'<svg[^>]* width="([\d.]+)pt"', svg, re.DOTALL)
+    broad = ' class="broad"' if width and float(width[1]) > HALF else ""
+    return f'<figure id="figure-{at}"{broad}>{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _asset(name: str) -> str:

@@ -88,7 +88,7 @@ def _head(head: str, columns: Sequence[Column]) -> list[str]:
             rules += [f"\\cmidrule(lr){{{at}-{at + width - 1}}}"] * bool(group)
             at += width
         lines = [" & ".join(over) + r" \\", "".join(rules)]
-    return [*lines, " & ".join([escaped(head), *(escaped(column.heading) for column in columns)]) + r" \\"]
+    return [*lines, " & ".join([escaped(head), *(escaped(column.whole) for column in columns)]) + r" \\"]
 
 
 def _plain(sign: str) -> str:

@@ -47,4 +47,4 @@ def escaped(text: str) -> str:
 
 
 def _heading(column: Column) -> str:
-    return f"{column.group}: {column.heading}" if column.group else column.heading
+    return f"{column.group}: {column.whole}" if column.group else column.whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pruneval.harness.records import RunRecord
@@ -34,6 +35,20 @@ def found(records: Iterable[RunRecord]) -> list[Entry]:
     return entries(records, [], names)
 
 
+def short(lines: Iterable[Entry]) -> dict[str, str]:
+    """Names for figures, by the whole name: only those parameters that tell a method's rows apart."""
+    lines = list(lines)
+    values: dict[tuple[str, str], set[str]] = {}
+    for entry in lines:
+        for key, value in entry.spec.params.items():
+            values.setdefault((entry.spec.method, key), set()).add(repr(value))
+    told = {}
+    for entry in lines:
+        kept = {key: value for key, value in entry.spec.params.items() if len(values[entry.spec.method, key]) > 1}
+        told[entry.name] = replace(entry.spec, params=kept).method_signature
+    return told
+
+
 def points(records: Iterable[RunRecord]) -> pd.DataFrame:
     """label, method, avg_in, tflops, relative: one row per method with parameters."""
     import pandas as pd
@@ -59,12 +74,14 @@ def rates(records: Iterable[RunRecord]) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for entry in found(records):
+    lines = found(records)
+    names = short(lines)
+    for entry in lines:
         implied = next((record.implied for record in entry.records.values() if record and record.implied), None)
         counts = (implied or {}).get("per_layer") or []
         if len(set(counts)) > 1:
             keep = [count / implied["visual"] for count in counts]  # type: ignore[index]
-            rows += [{"label": entry.name, "layer": layer, "keep": share} for layer, share in enumerate(keep)]
+            rows += [{"label": names[entry.name], "layer": layer, "keep": share} for layer, share in enumerate(keep)]
     frame = pd.DataFrame(rows, columns=["label", "layer", "keep"])
     return frame[frame["label"].isin(frame["label"].unique()[:SHOWN])]
 
@@ -74,12 +91,14 @@ def spent(records: Iterable[RunRecord]) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for entry in found(records):
+    lines = found(records)
+    names = short(lines)
+    for entry in lines:
         implied = next((record.implied for record in entry.records.values() if record and record.implied), None)
         macs = (implied or {}).get("macs")
         if macs:
             total = {part: 2e-12 * sum(macs.get(key, 0) for key in keys) for part, keys in PARTS.items()}
-            rows += [{"place": entry.name, "part": part, "tflops": value} for part, value in total.items()]
+            rows += [{"place": names[entry.name], "part": part, "tflops": value} for part, value in total.items()]
     frame = pd.DataFrame(rows, columns=["place", "part", "tflops"])
     order = frame.groupby("place")["tflops"].transform("sum").sort_values(ascending=False, kind="stable").index
     return frame.loc[order]

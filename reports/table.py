@@ -42,6 +42,15 @@ class Column:
     group: str = ""
     """Neighbours with the same group stand under one heading."""
     numeric: bool = True
+    unit: str = ""
+    """What its numbers are, in a few words."""
+
+    @property
+    def whole(self) -> str:
+        """The heading with its unit, in one line."""
+        if not self.unit:
+            return self.heading
+        return f"{self.heading} [{self.unit}]" if "(" in self.heading else f"{self.heading} ({self.unit})"
 
 
 @dataclass(frozen=True)

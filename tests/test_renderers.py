@@ -174,30 +174,3 @@ def test_the_page_stands_alone_and_carries_what_is_behind_a_number():
     assert any(cell.get("data-value") == "0.0" for cell in page.cells)
     assert "A &lt;page&gt;" in text and "a_1 &lt;b&gt;" in text
     assert '<span class="pocket">pocket</span>' in text
-
-
-DRIVER = """<script>
-const heading = [...document.querySelectorAll("th[data-sort]")].find((one) => one.textContent.startsWith("GQA"));
-heading.click();
-const body = heading.closest("table").tBodies[1];
-const order = [...body.rows].filter((row) => !row.classList.contains("section")).map((row) => row.cells[0].textContent);
-const wide = document.documentElement.scrollWidth;
-document.body.innerHTML = `<pre>${wide}|${order.join(";")}|${body.rows[1].cells[1].title}</pre>`;
-</script>"""
-
-
-def test_a_browser_sorts_a_column_and_shows_a_signature(tmp_path):
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no Chromium is installed")
-    table = fill(layouts.load("ifprune-t1"), [], "published")
-    path = tmp_path / "page.html"
-    wide = fill(layouts.load("ifprune-t5"), [], "both")
-    path.write_text(html.page("test", [table, wide]).replace("</body>", DRIVER + "</body>"), encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900", "--dump-dom"]
-    done = subprocess.run([browser, *options, path.as_uri()], capture_output=True, text=True, timeout=60)
-    width, order, title = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)[1].split("|", 2)
-    assert int(width) <= 1280
-    assert order.split(";")[:3] == ["IF-Prune (ours)", "SGP", "VisionZip"]
-    assert "published|ifprune/tableT1" in title

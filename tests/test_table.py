@@ -210,5 +210,5 @@ def test_failed_and_pocket_runs_in_a_whole_report(tmp_path):
     frames = {one.spec.hash: frame for one, frame in CONTEST}
     records = [CONTEST[0][0], CONTEST[2][0], broken]
     table = comparison(records, samples=lambda one: frames.get(one.spec.hash))
-    assert table.pocket and "right answers over random (points)" not in [column.heading for column in table.columns]
+    assert table.pocket and "right answers over random (points)" not in [column.whole for column in table.columns]
     assert {row.label: row.cells[0].text for row in table.rows}["random(keep=0.5)"] == "failed"
