@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from pruneval.tasks.pocket.onevision.vision import channels_first
 from pruneval.tasks.pocket.packing import ask_some
 from pruneval.tasks.pocket.questions import SKILLS, ask
 from pruneval.tasks.pocket.world import Scene
+
+NEAR = 32
+"""Tokens that are kept where only the view of the whole is shown."""
 
 Log = Callable[[dict[str, Any]], None]
 Model = LlavaOnevisionForConditionalGeneration
@@ -133,6 +136,7 @@ class Course:
     steps: int
     images: int
     films: int
+    """Per step; none: no pairs of images either."""
     pairs: int
     muon: float
     adam: float
@@ -146,6 +150,14 @@ class Course:
     """Share of the thinned steps that keep some tokens of a thing instead of all."""
     ending: float = 0.92
     """Part of the steps after which all images are whole."""
+    near: float = 0.0
+    """Share of the thinned steps that keep ``NEAR`` tokens of the view of the whole and no crops."""
+    films_whole: float = 0.6
+    """Share of the steps that show all tokens of the clips."""
+    projector: bool = True
+    """Whether the projector learns, too."""
+    film_mix: dict[str, float] = field(default_factory=lambda: dict.fromkeys(clips.SKILLS, 1.0))
+    """Proportions of the questions about clips; "where" is asked in training only."""
 
 
 Batch = list[tuple[Pack, Tensor, float]]
@@ -162,7 +174,7 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
     def add(
         kind: str, chosen: np.ndarray, rows: list, held: list, size: int, partial: bool, bare: bool, w: float
     ) -> None:
-        total = len(writer.cells[kind])
+        total = VIEW if size == NEAR else len(writer.cells[kind])
         data, features = (films if kind == "clip" else images), []
         kept = np.stack(
             [np.arange(total) if size >= total else packing.thin(h, total, rng, size, partial) for h in held]
@@ -174,7 +186,8 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
         made.append((writer.sequences(kind, rows, kept, unseen), features, w))
 
     whole = part > course.ending or rng.random() < course.whole
-    size = 336 if whole else (128, 64)[int(rng.integers(2))]
+    near = course.near > 0 and not whole and rng.random() < course.near
+    size = 336 if whole else NEAR if near else (128, 64)[int(rng.integers(2))]
     chosen = rng.integers(len(images.things), size=course.images)
     scenes = [images.things[i] for i in chosen]
     rows = [
@@ -183,16 +196,21 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
         for s in scenes
     ]
     held = [packing.image_tokens(s) for s in scenes]
+    if near:
+        held = [[one[one < VIEW] for one in each] for each in held]
     bare = size == 64 and rng.random() < course.bare
     add("image", chosen, rows, held, size, not bare and rng.random() < course.partial, bare, 0.4)
 
+    if not course.films:
+        return made
     chosen = rng.integers(len(films.things), size=course.films)
     shown = [films.things[i] for i in chosen]
     rows = [
-        [packing.clip_caption(writer, c) for _ in range(caption)] + packing.clip_blocks(writer, c, rng, 9 - caption)
+        [packing.clip_caption(writer, c) for _ in range(caption)]
+        + packing.clip_blocks(writer, c, rng, 9 - caption, course.film_mix)
         for c in shown
     ]
-    size = 129 if part > course.ending or rng.random() < 0.6 else 64
+    size = 129 if part > course.ending or rng.random() < course.films_whole else 64
     bare = part <= course.ending and rng.random() < course.bare
     held = [packing.clip_tokens(c) for c in shown]
     add("clip", chosen, rows, held, size, size < 129 and not bare and rng.random() < course.partial, bare, 0.52)
@@ -214,6 +232,7 @@ def teach(
 ) -> None:  # fmt: skip
     """Train projector and decoder, or go on from the course's checkpoint in ``work``."""
     model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(course.projector)
     optimisers = optim.Optimisers(
         model, "language_model.layers", course.steps, muon=course.muon, adam=course.adam, cooldown=course.cooldown
     )
@@ -237,7 +256,8 @@ def teach(
         recent.append(losses)
         last = step + 1 == course.steps
         if step == 0 or (step + 1) % 50 == 0 or last:
-            parts = dict(zip(("loss", "video loss", "pair loss"), np.mean(recent[-50:], axis=0).tolist(), strict=True))
+            means = np.mean(recent[-50:], axis=0).tolist()
+            parts = dict(zip(("loss", "video loss", "pair loss")[: len(means)], means, strict=True))
             seen = answers_right(model, writer, *tests, seed)
             log({"stage": course.name, "step": step + 1, "seconds": round(time.time() - start), **parts, **seen})
         if (step + 1) % 25 == 0 or last:

@@ -20,8 +20,8 @@ from pruneval.tasks.pocket.clips import FRAMES, Clip
 from pruneval.tasks.pocket.onevision.build import CELLS, POOLED
 from pruneval.tasks.pocket.onevision.vision import HOLDS, boxes, coverage, frame_boxes
 from pruneval.tasks.pocket.packing import Block
-from pruneval.tasks.pocket.questions import Question, ask, choose, phrase
-from pruneval.tasks.pocket.world import Scene
+from pruneval.tasks.pocket.questions import QUADRANTS, Question, ask, choose, phrase
+from pruneval.tasks.pocket.world import SIZE, Scene
 
 VIEW = CELLS**2
 NEWLINE = -1
@@ -159,11 +159,15 @@ class Writer(packing.Writer):
         )  # fmt: skip
 
 
-def clip_blocks(writer: Writer, clip: Clip, rng: np.random.Generator, number: int) -> list[Block]:
-    """Questions about a clip: open ones, and both video benchmarks' multiple choice."""
+def clip_blocks(
+    writer: Writer, clip: Clip, rng: np.random.Generator, number: int, mix: dict[str, float]
+) -> list[Block]:
+    """Questions about a clip, skills in the proportions of ``mix`` ("where": a place at the start or the end)."""
+    names, weights = list(mix), np.asarray(list(mix.values()))
     found: list[Block] = []
     while len(found) < number:
-        question = clips.ask(clip, rng, str(rng.choice(clips.SKILLS)))
+        skill = names[int(rng.choice(len(names), p=weights / weights.sum()))]
+        question = where(clip, rng) if skill == "where" else clips.ask(clip, rng, skill)
         if question is None:
             continue
         if rng.random() < (0.8 if question.answer in ("yes", "no") else 0.65):
@@ -174,6 +178,22 @@ def clip_blocks(writer: Writer, clip: Clip, rng: np.random.Generator, number: in
         question = choose(question, rng, number)
         found.append(writer.asked(prompt(question), question.answer))
     return found
+
+
+def where(clip: Clip, rng: np.random.Generator) -> Question | None:
+    """In which quarter a thing is at the start or the end of a clip: asked in training only, for directions' sake."""
+    i = int(rng.integers(len(clip.actors)))
+    actor, frame = clip.actors[i], (0, -1)[int(rng.integers(2))]
+    spot = actor.path[frame]
+    if spot is None:
+        return None
+    off = [at + side / 2 - SIZE / 2 for at, side in zip(spot, (actor.size, actor.width), strict=True)]
+    if min(abs(x) for x in off) < actor.size / 2:
+        return None
+    words = phrase(actor.kind, actor.colour if rng.random() < 0.5 else None)
+    text = f"Where is the {words} at the {'start' if frame == 0 else 'end'} of the video?"
+    answer = f"{'top' if off[0] < 0 else 'bottom'} {'left' if off[1] < 0 else 'right'}"
+    return Question("where", text, answer, (i,), QUADRANTS)
 
 
 def clip_caption(writer: Writer, clip: Clip) -> Block:
