@@ -7,6 +7,7 @@ import os
 import time
 
 import pytest
+import tex
 from browser import browsing, missing
 from PIL import Image
 from study_records import study, write
@@ -47,6 +48,12 @@ def test_two_thousand_records_are_rendered_within_ten_seconds(pages):
     wide, _, seconds = pages
     assert seconds < 10
     assert {path.suffix for path in wide.parent.iterdir()} == {".md", ".tex", ".html", ".csv"}
+
+
+@pytest.mark.skipif(tex.engine() is None, reason="no TeX engine is installed")
+def test_the_tables_of_a_study_compile(pages, tmp_path):
+    found, log = tex.compiled(pages[0].with_suffix(".tex").read_text(encoding="utf-8"), tmp_path)
+    assert found == 2 and "too large" not in log
 
 
 # In a browser ---------------------------------------------------------------------------------------------------------
