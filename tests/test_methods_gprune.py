@@ -130,3 +130,12 @@ def test_graphs_of_tiles_and_frames():
 def test_wrong_parameters(params, message):
     with pytest.raises(MethodError, match=message):
         methods.build("gprune", params)
+
+
+@pytest.mark.parametrize("keep, count", [(0.5, 8), (0.3, 4), (0.99, 15), (0.01, 1), (3 / 16, 3), (1, 16)])
+def test_counts_are_rounded_down(keep, count):
+    """int(.3 * 16) = 4, where the nearest is 5; whole products stay whole."""
+    method = methods.build("gprune", {"keep": keep})
+    found = method.reduce(one(torch.eye(16)))
+    assert method.schedule(shape(), 16) == [count] * 32
+    assert (17 if found is None else len(found.keep)) == count + 1

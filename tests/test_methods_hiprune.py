@@ -10,7 +10,7 @@ from steps import Rows, shape, step, vision
 
 from pruneval import methods
 from pruneval.methods import MethodError
-from pruneval.methods.hiprune import hierarchy, with_neighbours
+from pruneval.methods.hiprune import hierarchy, received, with_neighbours
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,16 @@ def test_published_counts(model, n, counts):
     for count in counts:
         method = methods.build("hiprune", methods.method_class("hiprune").presets[f"{model}@{count}"])
         assert method.schedule(shape(), n) == [count] * 32
+
+
+def test_the_cls_row_looks_too_and_its_column_is_left_out():
+    """Without that row cell 1 would be received most; CLS itself, received most of all, is no cell."""
+    full = torch.zeros(5, 5, dtype=torch.float64)
+    full[:, 0] = 0.5
+    full[1:, 2], full[0, 3] = 0.1, 0.45
+    attention = Rows(full[None])
+    view = vision(torch.zeros(5, 1), torch.zeros(1, 5, 2), torch.zeros(1, 5))
+    view.attention = lambda layer: [attention]
+    found = received(step(0, 4, 1, vision=view), 8)
+    torch.testing.assert_close(found, torch.tensor([0, 0.4 / 5, 0.45 / 5, 0], dtype=torch.float64))
+    assert methods.build("hiprune", {"keep": 0.25}).reduce(step(0, 4, 1, vision=view)).keep.tolist() == [2, 4]

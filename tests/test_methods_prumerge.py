@@ -54,15 +54,15 @@ def weights(n, high):
 
 def test_the_strongest_come_first():
     weight, method = weights(576, [40, 300, 7]), methods.build("prumerge", {"count": "outliers"})
-    assert method.select(weight, None).tolist() == [7, 300, 40]
-    assert method.select(weight, 2).tolist() == [7, 300]
+    assert method.centres(weight, None).tolist() == [7, 300, 40]
+    assert method.centres(weight, 2).tolist() == [7, 300]
 
 
 @pytest.mark.parametrize("found, samples", [(32, 96), (57, 192)])
 def test_plus_samples_at_a_third_of_the_distance(found, samples):
     """32 of 576 (5.6 %) make steps of 6; 57 (9.9 %) steps of 3; 575 is never one."""
     weight = weights(576, list(range(575, 575 - found, -1)))
-    chosen = methods.build("prumerge_plus", {"count": "outliers"}).select(weight, None)
+    chosen = methods.build("prumerge_plus", {"count": "outliers"}).centres(weight, None)
     assert chosen[:found].tolist() == list(range(576 - found, 576))
     step_ = 575 // samples + 1
     even = [index for index in range(0, 575, step_) if index < 576 - found]
@@ -73,7 +73,7 @@ def test_plus_with_many_outliers_steps_by_one():
     """More than a third can't lie beyond the quartiles by much, but at most a quarter can: steps are at least 1."""
     weight = weights(8, [1, 5])
     assert (
-        sorted(methods.build("prumerge_plus", {"count": "outliers"}).select(weight, None).tolist())
+        sorted(methods.build("prumerge_plus", {"count": "outliers"}).centres(weight, None).tolist())
         == list(range(8))[:7]
     )
 
@@ -81,7 +81,7 @@ def test_plus_with_many_outliers_steps_by_one():
 @pytest.mark.parametrize("count", [1, 5, 20, 63, 127])
 def test_plus_with_a_fixed_count(count):
     weight, found = weights(576, list(range(500, 532))), 32
-    chosen = methods.build("prumerge_plus").select(weight, count)
+    chosen = methods.build("prumerge_plus").centres(weight, count)
     assert len(chosen.unique()) == len(chosen) == count
     assert chosen[:found].tolist() == list(range(531, 531 - min(count, found), -1))
     even = [index for index in range(0, 576, 576 // count) if not 500 <= index < 532]
@@ -159,3 +159,15 @@ def test_a_free_count_does_not_depend_on_the_batch(name, family):
         tiny(family)(**one.batch(*one.samples))
         for row, origin in enumerate(alone):
             assert torch.equal(session.trace.entering(0).samples[row].origin, origin)
+
+
+@PAIR
+def test_keys_are_the_last_layers_and_features_those_that_are_projected(name):
+    view, asked = tower(torch.arange(16.0)[:, None], weights(16, [5])), []
+    attention, hidden = view.attention, view.hidden
+    view.attention = lambda layer: asked.append(("attention", layer)) or attention(layer)
+    view.hidden = lambda layer: asked.append(("hidden", layer)) or hidden(layer)
+    method = methods.build(name, {"keep": 0.25})
+    assert method.needs(shape())[0].vision == (22, 23)
+    method.reduce(step(0, 16, 1, vision=view))
+    assert set(asked) == {("attention", 23), ("hidden", 22)}

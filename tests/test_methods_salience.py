@@ -7,6 +7,7 @@ import torch
 from steps import Rows, shape, step, vision
 
 from pruneval import methods
+from pruneval.harness.attention import HeadAttention
 from pruneval.harness.session import pruned
 from pruneval.harness.subjects import subject, tiny
 from pruneval.methods import MethodError
@@ -133,3 +134,14 @@ def test_the_control_has_no_shares():
 def test_newline_is_one_of_two():
     with pytest.raises(MethodError, match="fastervlm: newline must be drop or keep, not 'some'"):
         methods.build("fastervlm", {"newline": "some"})
+
+
+def test_a_constant_added_to_a_heads_logits_changes_nothing():
+    """CLS's column is inside the softmax, which does not see what all columns have in common."""
+    query, key = torch.randn(2, 3, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shifted = key.clone()
+    shifted[1] += 2 * query[1, 0]
+    plain, moved = (salience(HeadAttention(query, each, each, 0.5, causal=False), True) for each in (key, shifted))
+    torch.testing.assert_close(plain, moved)
+    logits = query[:, :1] @ key.transpose(1, 2) * 0.5
+    torch.testing.assert_close(plain, logits.softmax(-1)[:, 0, 1:].mean(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -172,3 +173,63 @@ def test_tower_layers_compute_fewer_tokens(name, family):
 
 def _given(name: str) -> dict:
     return {"ahead": 1.5} if name == "flowcut" else {}
+
+
+def drawn(heads: int, tokens: int, width: int, seed: int = 0) -> _Values:
+    generator = torch.Generator().manual_seed(seed)
+    return _Values(*torch.randn(3, heads, tokens, width, generator=generator, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cls", [1, 0])
+def test_flowcut_scores_word_for_word(cls):
+    """Attention is scaled, similarity of values is not; without a CLS token means over all tokens take its place."""
+    one, attended, alike = drawn(3, 7, 4), [], []
+    for query, key, value in zip(one.query, one.key, one.value, strict=True):
+        to_query, to_value = (query[0], value[0]) if cls else (query.mean(0), value.mean(0))
+        attended.append((key @ to_query / 8**0.5).softmax(0)[cls:])
+        alike.append((value @ to_value).softmax(0)[cls:])
+    attended, alike = sum(attended) / 3, sum(alike) / 3
+    attended, alike = attended / attended.sum(), alike / alike.sum()
+    size = (one.value.sum(0) / 3).abs().sum(1)[cls:]
+    seen, score = flowcut.flow(one, cls)
+    torch.testing.assert_close(seen, attended)
+    torch.testing.assert_close(score, (attended + alike) * size)
+    torch.testing.assert_close(flowcut.flow(one, cls, values=False)[1], attended * size)
+
+
+def test_flowcut_in_the_decoder_looks_from_the_last_token_at_visual_ones_only():
+    """Both softmaxes run over the visual tokens, both are scaled; two heads share keys and values."""
+    one, visual, attended, alike = drawn(2, 6, 4, seed=1), torch.tensor([1, 2, 3]), [], []
+    one.key, one.value = one.key[:1], one.value[:1]
+    for query in one.query:
+        attended.append((one.key[0, visual] @ query[-1] / 8**0.5).softmax(0))
+        alike.append((one.value[0, visual] @ one.value[0, -1] / 8**0.5).softmax(0))
+    expected = (sum(attended) + sum(alike)) / 2 * one.value[0, visual].abs().sum(1)
+    torch.testing.assert_close(flowcut.instruction_flow(one, visual), expected)
+
+
+def test_flowcut_survives_weights_of_nothing():
+    """Where probabilities have underflowed, p log p is 0."""
+    one_sees_all = torch.nn.functional.one_hot(torch.tensor(3), 100).float()
+    assert flowcut.dropped(one_sees_all, 20, 4) == 40  # (100 - 20) / 2, entropy 0
+
+
+@pytest.mark.parametrize("proportional", [True, False])
+def test_tome_weighs_tokens_by_what_they_stand_for(proportional):
+    """Where all patches are alike, merging changes nothing if a token counts as often as it was merged."""
+    model = copy.deepcopy(subject("llava").model("sdpa"))
+    sample = dict(subject("llava").samples[0])
+    sample["pixel_values"] = torch.full_like(sample["pixel_values"], 0.3)
+    position = model.model.vision_tower.embeddings.position_embedding.weight
+    with torch.no_grad():
+        position[1:] = position[1]
+        whole = model.model.get_image_features(pixel_values=sample["pixel_values"]).pooler_output[0]
+        features, kind = [], methods.method_class("tome")
+        spy = type(
+            "Spy", (kind,), {"reduce": lambda self, at: features.append(at.vision.passed()) or kind.reduce(self, at)}
+        )
+        with pruned(model, spy(keep=0.25, proportional=proportional)):
+            model(**sample)
+    (found,) = features[0]
+    assert found.entered == (17, 13, 9, 5) and len(found.features) == 4
+    assert torch.allclose(found.features, whole[:4]) == proportional
