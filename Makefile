@@ -16,7 +16,7 @@ setup: .venv/.installed  ## make .venv and install the tested versions; does not
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pruneval needs Python 3.11 or newer, this one is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	sed -n '/^uv==/,/[^\\]$$/p' constraints.txt > .venv/uv.txt && $(BIN)/python -m pip install -q --disable-pip-version-check -r .venv/uv.txt
-	$(BIN)/uv pip install -p $(BIN)/python -c constraints.txt -r pyproject.toml --extra dev --extra bench setuptools
+	$(BIN)/uv pip install -p $(BIN)/python -c constraints.txt -r pyproject.toml --extra dev --extra bench --extra ray setuptools
 	$(BIN)/uv pip install -q -p $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -33,6 +33,11 @@ def graceful() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def ask() -> None:
+    """Let the next `obey` stop, as an interrupt would."""
+    _asked.set()
+
+
 def obey() -> None:
     """Raises: KeyboardInterrupt when one has been asked for. Called where everything is written."""
     if _asked.is_set():

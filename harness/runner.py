@@ -68,7 +68,7 @@ class Runner:
         """
         folder = self.out / cell.spec.hash
         with claim(folder):
-            record = _finished(folder, self.show)
+            record = finished(folder, self.show)
             if record is not None:
                 self.show.say(f"{title}: done before, reused")
                 return record
@@ -107,7 +107,7 @@ def _evaluate(*args: Any, **options: Any) -> Any:
     return evaluate(*args, **options)
 
 
-def _finished(folder: Path, show: Progress) -> RunRecord | None:
+def finished(folder: Path, show: Progress) -> RunRecord | None:
     """The record of a scored cell; a failed or damaged one is to be run again."""
     try:
         record = read_record(folder)
@@ -196,3 +196,22 @@ def _implied(cell: Cell, loaded: models.LoadedModel, samples: Any) -> dict[str, 
     except (UserError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return {**found, "model": cell.spec.model, "params": cell.spec.params, "signature": cell.spec.method_signature}
+
+
+def give_up(cell: Cell, out: Path, message: str) -> RunRecord | NotRun:
+    """Record that a cell failed for a reason outside of it. Journal and answers stay, so that it can be tried again."""
+    record = RunRecord(
+        spec=cell.spec,
+        status="failed",
+        error={"sample": "", "message": message},
+        environment=environment(),
+        timing={"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0, "resumed": 0},
+    )
+    folder = out / cell.spec.hash
+    try:
+        with claim(folder):
+            return write_record(folder, record)
+    except StorageError:
+        raise
+    except UserError as error:
+        return NotRun(cell.spec, f"{message}; {error}")

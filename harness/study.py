@@ -44,9 +44,12 @@ class Study:
 
 @dataclass
 class Plan:
-    """The cells of one model, and what of the study can't be run there, with the reason."""
+    """The cells of one model, how it is loaded, and what of the study can't be run there, with the reason."""
 
     located: models.Located
+    device: str
+    dtype: str
+    kernel: str
     cells: list[run.Cell] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
 
@@ -94,8 +97,15 @@ def parse(data: Any) -> Study:
     return found
 
 
-def plans(study: Study, *, device: str | None = None, dtype: str | None = None) -> list[Plan]:
+def plans(
+    study: Study, *, device: str | None = None, dtype: str | None = None, elsewhere: str | None = None
+) -> list[Plan]:
     """The cells of each model; models are found but not loaded.
+
+    Args:
+        study: what the file says.
+        device, dtype: see `models.resolve`.
+        elsewhere: instead of `device`, one that the workers have, and perhaps not this machine.
 
     Raises:
         UserError: a model that is not there, or a parameter a method does not have.
@@ -103,11 +113,12 @@ def plans(study: Study, *, device: str | None = None, dtype: str | None = None) 
     made = []
     for name in study.models:
         located = models.locate(name)
-        _, dtype_name, kernel = models.resolve(located.entry, device, dtype, None)
-        plan = Plan(located)
+        wished = dtype or (located.entry.dtype if elsewhere not in (None, "cpu") else None)
+        here, dtype_name, kernel = models.resolve(located.entry, "cpu" if elsewhere else device, wished, None)
+        plan = Plan(located, elsewhere or here, dtype_name, kernel)
         built = _methods(study, plan)
         plan.cells = run.expand(
-            located, built, study.benchmarks, limit=study.limit, seed=study.seed, dtype=dtype_name, kernel=kernel
+            located, built, study.benchmarks, limit=study.limit, seed=study.seed, dtype=plan.dtype, kernel=plan.kernel
         )
         made.append(plan)
     return made
