@@ -15,6 +15,7 @@ from pruneval.harness.progress import Progress, progress
 from pruneval.harness.records import RunRecord, StorageError
 from pruneval.harness.runner import NotRun, Runner
 from pruneval.harness.spec import FRAMES, RunSpec, code_version, sampling
+from pruneval.methods.recipe import file_of
 from pruneval.tasks import Benchmark, benchmark
 
 FILES = ("recipe", "checkpoint")
@@ -67,8 +68,8 @@ def expand(
                 model=located.entry.name,
                 revision=located.revision,
                 method=method.card.name,
-                params=identified(method.params),
-                given=identified(method.given),
+                params=identified(method.card.name, method.params),
+                given=identified(method.card.name, method.given),
                 benchmark=row.name,
                 edition=row.edition,
                 data=data.revision(row),
@@ -88,12 +89,12 @@ def expand(
     return cells
 
 
-def identified(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as a record names them: a file by its name and content, wherever it lies; a model by its revision.
+def identified(method: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's parameters as a record names them: a file by name and content, wherever it lies; a model by revision.
 
     Raises: UserError when a helper model is not named or not there.
     """
-    named = {name: _content(value) if name in FILES else value for name, value in params.items()}
+    named = {name: _content(method, value) if name in FILES else value for name, value in params.items()}
     return named | {name: _model(named[name]) for name in named if name == HELPER}
 
 
@@ -104,15 +105,15 @@ def _model(name: str) -> str:
     return f"{found.entry.name}@{found.revision[:8]}"
 
 
-def _content(value: Any) -> Any:
-    path = Path(str(value))
+def _content(method: str, value: Any) -> Any:
+    path = file_of(method, str(value))
     if not value or not path.exists():
-        return value  # a shipped recipe's name
+        return value
     files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
     seen = hashlib.sha256()
     for file in files:
         seen.update(file.name.encode() + file.read_bytes())
-    return f"{path.name}@{seen.hexdigest()[:8]}"
+    return f"{Path(str(value)).name}@{seen.hexdigest()[:8]}"
 
 
 def run_cells(

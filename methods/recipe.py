@@ -1,7 +1,8 @@
 """Reading what a search wrote: a small JSON file whose path is a method's `recipe` parameter.
 
-Some come with the package, in `data/<method>_<name>.json`: those of pocket-llava were found by `pruneval search` on its
-training scenes, FitPrune's for LLaVA-1.5-7B are the authors'.
+Some recipes, and weights that a method was trained with, come with the package and are asked for by a short name, in
+`data/<method>_<name>`: those of pocket-llava were found by `pruneval search` and `pruneval train` on its training
+scenes, FitPrune's for LLaVA-1.5-7B are the authors'.
 """
 
 from __future__ import annotations
@@ -16,14 +17,21 @@ from pruneval.methods.step import MethodError, Shape
 SHIPPED = Path(__file__).parent / "data"
 
 
+def file_of(name: str, given: str) -> Path:
+    """The file of a method's recipe or checkpoint: one that comes with the package, by its short name, or a path."""
+    for suffix in (".json", ".safetensors"):
+        if (shipped := SHIPPED / f"{name}_{given}{suffix}").exists():
+            return shipped
+    return Path(given)
+
+
 def read_recipe(name: str, path: str) -> dict[str, Any]:
     """What a search wrote; a name without ".json" is that of a recipe that comes with the package.
 
     Raises: MethodError when the file can't be read.
     """
-    shipped = SHIPPED / f"{name}_{path}.json"
     try:
-        data = json.loads((shipped if shipped.exists() else Path(path)).read_text())
+        data = json.loads(file_of(name, path).read_text())
     except (OSError, ValueError) as error:
         raise MethodError(f"{name}: can't read the recipe {path}: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):

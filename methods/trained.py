@@ -1,6 +1,7 @@
 """Weights that a method was trained with, and projectors that stand in for the model's own.
 
-Weights lie in a safetensors file, which the parameter `checkpoint` names.
+Weights lie in a safetensors file, which the parameter `checkpoint` names: a path, or the short name of one that comes
+with the package.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pruneval.methods.base import Method, MethodError, Reduction, Shape, Step, kept, torch
+from pruneval.methods.recipe import file_of
 from pruneval.methods.uniform import centres
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ def weights(name: str, path: str, device: str = "cpu") -> dict[str, Tensor]:
     """
     if not path:
         raise MethodError(f"{name}: it was trained, and needs its weights: parameter checkpoint, a safetensors file")
+    file = file_of(name, path)
     try:
-        return _read(path, Path(path).stat().st_mtime_ns, device)
+        return _read(str(file), file.stat().st_mtime_ns, device)
     except FileNotFoundError:
         raise MethodError(f"{name}: there is no checkpoint {path}") from None
     except Exception as error:  # the library has an exception of its own

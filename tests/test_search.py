@@ -236,3 +236,15 @@ def test_users_data_is_read(tmp_path):
     assert found.digest != data.load(str(tmp_path / "mine.parquet"), 4, seed=2).digest
     with pytest.raises(UserError, match="has 6 rows, 7 samples were asked for"):
         data.load(str(tmp_path / "mine.parquet"), 7)
+
+
+def test_a_shipped_recipe_is_known_by_name_and_content_and_belongs_to_its_model(capsys):
+    from pruneval.harness.run import identified
+
+    (given,) = identified("gsearch", {"recipe": "pocket-llava"}).values()
+    assert given.startswith("pocket-llava@")
+    assert given != identified("vtw", {"recipe": "pocket-llava"})["recipe"]
+    recipe.check("pocket-llava", "gsearch", "pocket-llava")
+    assert capsys.readouterr().err == ""
+    recipe.check("pocket-llava", "gsearch", "llava-1.5-7b")
+    assert "was searched on pocket-llava" in capsys.readouterr().err

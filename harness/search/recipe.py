@@ -15,6 +15,7 @@ from typing import Any
 
 from pruneval.harness.errors import UserError
 from pruneval.harness.records import write_atomically
+from pruneval.methods.recipe import file_of
 
 PACKAGES = ("pruneval", "torch", "transformers", "optuna", "numpy")
 SCHEMA = 1
@@ -31,16 +32,17 @@ def check(path: str, method: str, model: str) -> None:
     """Looks at a recipe before a run; that it fits the model's count of layers is the method's business.
 
     Args:
-        path: of the file; a shipped recipe's name passes.
+        path: of the file, or the name of one that comes with the package.
         method, model: what it is to be used with.
 
     Raises:
         UserError: it can't be read, or is for another method.
     """
-    if not path.endswith(".json") and not Path(path).exists():
-        return
+    file = file_of(method, path)
+    if not path.endswith(".json") and not file.exists():
+        return  # the method says what is wrong
     try:
-        data = json.loads(Path(path).read_text())
+        data = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"can't read the recipe {path}: {error}") from error
     if not isinstance(data, dict):
