@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pruneval.harness.batching import size_of
 from pruneval.harness.errors import UserError
 
 EXAMPLES = """\
@@ -99,7 +100,7 @@ def parser(command: str = "") -> argparse.ArgumentParser:
     where.add_argument("--suite", help="a name of `pruneval list suites` (default: pocket)")
     where.add_argument("--benchmark", action="append", metavar="B", help="of `list benchmarks`; may be repeated")
     add("--limit", type=_whole("--limit"), metavar="N", help="only the first N questions of each benchmark")
-    add("--batch-size", type=_whole("--batch-size"), default=8, metavar="B", help="changes no answer (default: 8)")
+    add("--batch-size", type=size_of, default=8, metavar="B", help="or auto; changes no answer (default: 8)")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", help="float32, float16, bfloat16 (default: float32 on a CPU, else the model's own)")
     add(

@@ -20,6 +20,7 @@ from pruneval.harness.spec import FRAMES
 from pruneval.tasks import Benchmark
 
 if TYPE_CHECKING:
+    from pruneval.harness.batching import BatchSize
     from pruneval.harness.lmms_model import Journal
 
 
@@ -30,7 +31,7 @@ def evaluate(
     *,
     limit: int | None = None,
     seed: int = 0,
-    batch_size: int = 8,
+    batch_size: BatchSize = 8,
     num_beams: int | None = None,
     frames: int = FRAMES,
     journal: Journal | None = None,
@@ -42,7 +43,7 @@ def evaluate(
         loaded: a `LoadedModel`.
         method: a `Method`, or None for the bare model.
         limit: the first so many questions; rows that are scored together (MME's pairs) stay together.
-        batch_size: samples per `generate`.
+        batch_size: samples per `generate`, or "auto".
         num_beams: beams of the search, or None for what the task says.
         frames: of each video.
         journal: where answers go after every batch; answers already there are not generated again.
@@ -106,7 +107,7 @@ def evaluate(
         ]
         for part in parts:
             refuse(benchmark, part.logged)
-        return replace(outcome(parts, lm.rows, benchmark), batch_size=lm.halved)
+        return replace(outcome(parts, lm.rows, benchmark), batch_size=lm.batched)
 
 
 def preview(benchmark: Benchmark, loaded: Any, limit: int | None = None) -> list[str]:

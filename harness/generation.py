@@ -1,10 +1,9 @@
-"""What answering a request takes beside the model: arguments of `generate`, batches, budgets, digests."""
+"""What answering a request takes beside the model: arguments of `generate`, budgets, digests."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pruneval.harness.errors import UserError
@@ -31,17 +30,6 @@ def generation_arguments(options: Mapping[str, Any], max_new_tokens: int = MAX_N
     }
 
 
-def batches(requests: list[Any], size: int) -> Iterator[list[Any]]:
-    """Requests with equal options together, the longest first (so that memory runs out early if at all)."""
-    groups: dict[str, list[Any]] = {}
-    for request in requests:
-        groups.setdefault(json.dumps(request.options, sort_keys=True, default=str), []).append(request)
-    for group in groups.values():
-        group.sort(key=lambda request: (-len(request.context), request.doc_id))
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
 def budget_of(session: Any, sample: int) -> dict[str, float | None]:
     """The observed budget of a sample of the last prompt; None throughout without a session."""
     if session is None:
@@ -54,6 +42,17 @@ def budget_of(session: Any, sample: int) -> dict[str, float | None]:
         "final": float(budget.final),
         "keep": float(budget.keep),
     }
+
+
+def settled(session: Any, answers: list[str], budgets: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The answers, where the method has settled for its helper's with that, and a note which these are."""
+    if session is None or session.helping is None:
+        return answers, budgets
+    processor = session.adapter.helper.processor
+    tokenizer = getattr(processor, "tokenizer", processor)
+    taken = {each: tokenizer.decode(ids, skip_special_tokens=True) for each, ids in session.early.items()}
+    noted = [budget | {"early": float(each in taken)} for each, budget in enumerate(budgets)]
+    return [taken.get(each, answer) for each, answer in enumerate(answers)], noted
 
 
 def positive(number: int | str, what: str) -> int:

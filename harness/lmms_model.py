@@ -7,32 +7,36 @@ Used by `harness/evaluate.py`, and by lmms-eval's own command line through the e
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from PIL import Image
 
-from pruneval.harness import interrupt
+from pruneval.harness import batching, interrupt
 from pruneval.harness.errors import SampleFailure, UserError
 from pruneval.harness.generation import (
     MAX_NEW_TOKENS,
-    batches,
     budget_of,
     digest,
     generation_arguments,
     one_line,
-    picture_digest,
     positive,
+    settled,
 )
+from pruneval.harness.preparing import Prepared, collate, prepare, store_of
+from pruneval.harness.reuse import serving, shared
 from pruneval.harness.spec import FRAMES
-from pruneval.harness.video import Clip, read
+from pruneval.harness.video import read
+
+WITHIN = 2**28
+"""Bytes of image features kept within one evaluation."""
 
 
 class Journal(Protocol):
@@ -42,7 +46,7 @@ class Journal(Protocol):
     def append(self, rows: list[dict[str, Any]]) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Request:
     key: str
     """ "<task>/<doc id>": names the sample everywhere, and seeds its randomness."""
@@ -51,6 +55,10 @@ class _Request:
     options: dict[str, Any]
     messages: Callable[[], list[dict]]
     """Builds the chat messages; this is where the row's images are decoded."""
+    data: str
+    """Names the table's content; empty where nothing does."""
+    prepared: Prepared | None = None
+    """What the model is given, while the request's turn is near."""
 
     @property
     def digest(self) -> str:
@@ -71,7 +79,7 @@ class PrunevalModel(lmms):
     Args:
         pretrained: a model's name or path (loaded here), or a `LoadedModel`.
         method: a method's name, a `Method`, or None for the bare model (no session, hence no budgets).
-        batch_size: samples per `generate`; the answers do not depend on it.
+        batch_size: samples per `generate`, or "auto"; the answers do not depend on it.
         seed: of the session's randomness.
         device, dtype, kernel: used when `pretrained` is loaded here.
         max_new_tokens: for tasks that set none.
@@ -114,7 +122,7 @@ class PrunevalModel(lmms):
             raise UserError(f"parameters {sorted(params)} were given, but no method's name")
         self.loaded = pretrained
         self.method = method
-        self.batch_size = positive(batch_size, "batch size")
+        self.batch_size = batching.size_of(batch_size)
         self.seed = int(seed)
         self.max_new_tokens = int(max_new_tokens)
         self.num_beams = int(num_beams) if num_beams else None
@@ -123,6 +131,7 @@ class PrunevalModel(lmms):
         self.on_progress = on_progress or (lambda done, total: None)
         self.halved: int | None = None
         """The largest batch since one did not fit into memory."""
+        self.automatic = batching.Automatic(getattr(self.loaded, "device", torch.device("cpu")))
         self.rows: dict[str, dict[str, Any]] = {}
         """What happened to each request, by key."""
 
@@ -140,8 +149,10 @@ class PrunevalModel(lmms):
         done = len(asked) - len(waiting)
         self.on_progress(done, len(asked))
         if waiting:
-            with self._session() as session:
-                for batch in batches(waiting, self.batch_size):
+            with ExitStack() as stack:
+                stack.enter_context(self._sharing())
+                session = stack.enter_context(self._session())
+                for batch in self._batches(waiting):
                     rows = self._answer(batch, session)
                     self.rows.update((row["key"], row) for row in rows)
                     if self.journal is not None:
@@ -162,9 +173,14 @@ class PrunevalModel(lmms):
 
     # The steps --------------------------------------------------------------------------------------------------------
 
+    @property
+    def batched(self) -> int | None:
+        """The largest batch there was room for, where that was found out here and not said."""
+        return self.halved or (self.automatic.largest if self.batch_size == batching.AUTO else None)
+
     def prompts(self, requests: list[Instance]) -> list[str]:
         """The exact text the processor gets for each request."""
-        return [self._encode([self._request(instance)], decode=False)[0][0] for instance in requests]
+        return [self._chat(self._request(instance))[0] for instance in requests]
 
     def ask(self, instance: Instance, session: Any) -> dict[str, Any]:
         """The row of one question, asked by itself within a session."""
@@ -172,12 +188,65 @@ class PrunevalModel(lmms):
 
     def pictures(self, instance: Instance) -> list[Any]:
         """The images of one question, as they come."""
-        return self._encode([self._request(instance)])[1][0]
+        return self._chat(self._request(instance))[1]
+
+    def _batches(self, waiting: list[_Request]) -> Iterator[list[_Request]]:
+        """Requests that go together, prepared; the next batch is chosen when the one before has been answered."""
+        for window in batching.windows(waiting, self.batch_size):
+            for batch in batching.batches(window, self._measure, self._size):
+                yield batch
+                self.automatic.saw(sum(self._measure(request)[1] for request in batch))
+                for request in batch:
+                    request.prepared = None
+
+    def _size(self, tokens: int) -> int:
+        found = self.automatic.size(tokens) if self.batch_size == batching.AUTO else self.batch_size
+        return min(found, self.halved or found)
+
+    def _measure(self, request: _Request) -> tuple[int, int]:
+        """Images and videos of a request, and tokens. Raises: SampleFailure."""
+        try:
+            prepared = self._prepare(request)
+        except UserError:
+            raise
+        except Exception as error:
+            raise SampleFailure(request.key, one_line(error)) from error
+        return prepared.shown, prepared.tokens
+
+    def _prepare(self, request: _Request) -> Prepared:
+        if request.prepared is None:
+            key = (request.data, request.key, request.digest, self.frames)
+            make = functools.partial(self._processed, request)
+            request.prepared = store_of(self.loaded.processor).get(key, make) if request.data else make()
+        return request.prepared
+
+    def _processed(self, request: _Request) -> Prepared:
+        text, images, paths = self._chat(request)
+        clips = [read(path, self.frames) for path in paths]
+        return prepare(self.loaded.processor, text, images, clips, self.loaded.entry.name if clips else "")
+
+    def _chat(self, request: _Request) -> tuple[str, list[Any], list[str]]:
+        """The chat text, and images and videos in the order of their placeholders."""
+        from lmms_eval.protocol import ChatMessages
+
+        chat = ChatMessages(messages=request.messages())
+        images, paths, sounds = chat.extract_media()
+        if sounds:
+            raise UserError(f"sample {request.key} holds sound; only images and videos are supported")
+        messages = chat.model_dump()["messages"]
+        text = self.loaded.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text, images, paths
 
     def _request(self, instance: Instance) -> _Request:
         context, build, options, doc_id, task, split = instance.args
         rows = self.task_dict[task][split]
-        return _Request(f"{task}/{doc_id}", doc_id, context, options, lambda: build(rows[doc_id]))
+        data = getattr(rows, "_fingerprint", "")  # which files `datasets` has them from
+        return _Request(f"{task}/{doc_id}", doc_id, context, options, lambda: build(rows[doc_id]), data)
+
+    def _sharing(self) -> Any:
+        """Questions about one image share its features, unless a store that outlives this evaluation sees to it."""
+        model = getattr(self.loaded, "model", None)
+        return nullcontext() if model is None or shared(model) else serving(model, memory=WITHIN, disk=0)
 
     def _session(self):
         if self.method is None:
@@ -216,81 +285,34 @@ class PrunevalModel(lmms):
         return self._answer(batch, session)
 
     def _generate(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
-        texts, pictures, clips = self._encode(batch)
-        tokenizer = self.loaded.processor.tokenizer
-        inputs = self.loaded.processor(
-            images=[image for each in pictures for image in each] or None,
-            text=texts,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            **self._videos([clip for each in clips for clip in each]),
-        ).to(self.loaded.device, self.loaded.model.dtype)
+        prepared = [self._prepare(request) for request in batch]
+        model, tokenizer = self.loaded.model, self.loaded.processor.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        inputs = {
+            name: part.to(self.loaded.device, model.dtype if part.is_floating_point() else part.dtype)
+            for name, part in collate(prepared, pad).items()
+        }
         if session is not None:
             session.sample_keys = [request.key for request in batch]
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         arguments = generation_arguments(batch[0].options, self.max_new_tokens)
         arguments["num_beams"] = self.num_beams or arguments["num_beams"]
-        if self.loaded.model.generation_config.eos_token_id is None:
+        if model.generation_config.eos_token_id is None:
             arguments["eos_token_id"] = tokenizer.eos_token_id
         with torch.inference_mode():
-            output = self.loaded.model.generate(**inputs, **arguments, pad_token_id=pad)
+            output = model.generate(**inputs, **arguments, pad_token_id=pad)
         answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         budgets = [budget_of(session, b) for b in range(len(batch))]
-        answers, budgets = _early(session, answers, budgets)
+        answers, budgets = settled(session, answers, budgets)
         return [
             {
                 "key": request.key,
                 "doc_id": request.doc_id,
                 "request": request.digest,
-                "prompt": text,
-                "prompt_hash": digest(text),
+                "prompt": given.text,
+                "prompt_hash": digest(given.text),
                 "answer": answer,
-                "image": picture_digest([*images, *(Image.fromarray(one) for clip in films for one in clip.frames)]),
+                "image": given.picture,
                 **budget,
             }
-            for request, text, images, films, answer, budget in zip(
-                batch, texts, pictures, clips, answers, budgets, strict=True
-            )
+            for request, given, answer, budget in zip(batch, prepared, answers, budgets, strict=True)
         ]
-
-    def _videos(self, clips: list[Clip]) -> dict[str, Any]:
-        """The processor's arguments for sampled videos; none where there are no videos."""
-        if not clips:
-            return {}
-        if getattr(self.loaded.processor, "video_processor", None) is None:
-            raise UserError(f"model {self.loaded.entry.name!r} takes no videos")
-        metadata = [clip.metadata for clip in clips]
-        return {"videos": [clip.frames for clip in clips], "do_sample_frames": False, "video_metadata": metadata}
-
-    def _encode(
-        self, batch: list[_Request], decode: bool = True
-    ) -> tuple[list[str], list[list[Any]], list[list[Clip]]]:
-        """Chat texts of a batch and each one's images and videos, in the order of their placeholders."""
-        from lmms_eval.protocol import ChatMessages
-
-        texts, images, films = [], [], []
-        for request in batch:
-            chat = ChatMessages(messages=request.messages())
-            pictures, videos, sounds = chat.extract_media()
-            if sounds:
-                raise UserError(f"sample {request.key} holds sound; only images and videos are supported")
-            texts.append(
-                self.loaded.processor.apply_chat_template(
-                    chat.model_dump()["messages"], tokenize=False, add_generation_prompt=True
-                )
-            )
-            images.append(pictures)
-            films.append([read(path, self.frames) for path in videos] if decode else [])
-        return texts, images, films
-
-
-def _early(session: Any, answers: list[str], budgets: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The answers, where the method has settled for its helper's with that, and a note which these are."""
-    if session is None or session.helping is None:
-        return answers, budgets
-    processor = session.adapter.helper.processor
-    tokenizer = getattr(processor, "tokenizer", processor)
-    taken = {each: tokenizer.decode(ids, skip_special_tokens=True) for each, ids in session.early.items()}
-    noted = [budget | {"early": float(each in taken)} for each, budget in enumerate(budgets)]
-    return [taken.get(each, answer) for each, answer in enumerate(answers)], noted

@@ -35,7 +35,7 @@ class Outcome:
     samples: pd.DataFrame
     """One row per request, in document order, with `SAMPLE_COLUMNS`."""
     batch_size: int | None = None
-    """Where batches had to be halved, what they came to."""
+    """The largest batch there was room for, where batches had to be halved or sought their size."""
 
 
 @dataclass(frozen=True)

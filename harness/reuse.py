@@ -1,9 +1,10 @@
 """Image and video features, computed once and used by every method that prunes behind the vision tower.
 
-Within `reusing(adapter)` what an encoding function of the model returns is kept, by everything it was called with, and
-given again for the same call. Methods that read what happens inside the tower, or change it, are not served: the
-session takes the function itself then. What does not fit into memory goes to a temporary folder, what does not fit
-there is forgotten, oldest first. Nothing is measured on this path.
+Within `reusing(adapter)` what an encoding function of the model returns is kept, image by image, by everything it was
+called with, and given again for the same image in whatever batch. Where a family does not take images one by one
+(Qwen-VL packs them), the whole call is kept. Methods that read what happens inside the tower, or change it, are not
+served: the session takes the function itself then. What does not fit into memory goes to a temporary folder, what does
+not fit there is forgotten, oldest first. Nothing is measured on this path.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ import inspect
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pruneval.harness.adapters import Adapter
 from pruneval.harness.override import override
 
 MEMORY, DISK = 2**30, 2**33
 """Bytes kept in memory and on disk."""
 UNUSED = ("last_hidden_state", "hidden_states", "attentions")
 """What of a tower's output the model does not read behind the projector."""
+ENCODERS = ("get_image_features", "get_video_features")
 
 
 class Features:
@@ -44,25 +45,22 @@ class Features:
         self._near: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._far: OrderedDict[str, int] = OrderedDict()
 
-    def get(self, key: str, compute: Any) -> Any:
-        """What is kept under `key`, or what `compute()` gives."""
+    def find(self, key: str) -> Any | None:
+        """What is kept under `key`, if anything is."""
         if key in self._near:
-            self.hits += 1
             self._near.move_to_end(key)
             return self._near[key][0]
-        if key in self._far:
-            self.hits += 1
-            del self._far[key]
-            path = self.folder / key
-            value = torch.load(path, weights_only=False)  # written by this process a moment ago
-            path.unlink()
-        else:
-            self.misses += 1
-            value = _kept(compute())
-        self._put(key, value)
+        if key not in self._far:
+            return None
+        del self._far[key]
+        path = self.folder / key
+        value = torch.load(path, weights_only=False)  # written by this process a moment ago
+        path.unlink()
+        self.put(key, value)
         return value
 
-    def _put(self, key: str, value: Any) -> None:
+    def put(self, key: str, value: Any) -> None:
+        """Keeps a value; the oldest make room."""
         self._near[key] = (value, _size(value))
         while len(self._near) > 1 and sum(size for _, size in self._near.values()) > self.memory:
             old, (gone, size) = self._near.popitem(last=False)
@@ -75,30 +73,109 @@ class Features:
                 (self.folder / oldest).unlink()
 
 
+def shared(model: Any) -> bool:
+    """Whether a store answers for the model's encoding functions already."""
+    return any(hasattr(getattr(model.model, name, None), "uncached") for name in ENCODERS)
+
+
+def reusing(adapter: Any, memory: int = MEMORY, disk: int = DISK) -> AbstractContextManager[Features]:
+    """Lets the encoding functions of an adapter's model answer from a store within the block."""
+    return serving(adapter.model, memory, disk)
+
+
 @contextmanager
-def reusing(adapter: Adapter, memory: int = MEMORY, disk: int = DISK) -> Iterator[Features]:
-    """Lets the model's encoding functions answer from a store within the block."""
+def serving(model: Any, memory: int = MEMORY, disk: int = DISK) -> Iterator[Features]:
+    """Lets a model's encoding functions answer from a store of so many bytes within the block."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pruneval-features-"))
-        features, inner = Features(Path(folder), memory, disk), adapter.model.model
-        for name in ("get_image_features", "get_video_features"):
+        features, inner = Features(Path(folder), memory, disk), model.model
+        for name in ENCODERS:
             original = getattr(inner, name, None)
             if original is not None:
-                override(inner, name, _answering(features, name, original), stack)
+                override(inner, name, _Encoder(features, name, original).function, stack)
         yield features
 
 
-def _answering(features: Features, name: str, original: Any) -> Any:
-    signature = inspect.signature(original)
+class _Encoder:
+    """An encoding function that asks the store first."""
 
-    @functools.wraps(original)
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs).arguments
-        return features.get(_key(name, arguments), lambda: original(*args, **kwargs))
+    def __init__(self, features: Features, name: str, original: Any) -> None:
+        self.features, self.name, self.original = features, name, original
+        self.signature = inspect.signature(original)
+        self.whole = False
+        """Whether images can't be told apart in what the function gives."""
 
-    # For methods that look into the tower: the model's own function, behind however many stores.
-    encode.uncached = getattr(original, "uncached", original)  # type: ignore[attr-defined]
-    return encode
+        @functools.wraps(original)  # generate reads the signature to know what to pass
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            return self.encode(self.signature.bind(*args, **kwargs).arguments)
+
+        # For methods that look into the tower: the model's own function, behind however many stores.
+        encode.uncached = getattr(original, "uncached", original)  # type: ignore[attr-defined]
+        self.function = encode
+
+    def encode(self, arguments: dict[str, Any]) -> Any:
+        """What the function gives for these arguments."""
+        parts = None if self.whole else _parts(arguments)
+        keys = [_key(self.name, part) for part in parts or [arguments]]
+        found = {key: self.features.find(key) for key in keys}
+        missing = {key: place for place, key in reversed(list(enumerate(keys))) if found[key] is None}
+        if not missing:
+            self.features.hits += 1
+            return _joined([found[key] for key in keys])
+        places = sorted(missing.values())
+        asked = arguments
+        if len(places) < len(keys):
+            asked = {name: _chosen(value, places) for name, value in arguments.items()}
+        out = _kept(self.original(**self._named(asked)))
+        if parts is None:
+            self.features.misses += 1
+            self.features.put(keys[0], out)
+            return out
+        each = _split(out, len(places))
+        if each is None:
+            self.whole = True
+            return self.encode(arguments)
+        self.features.misses += 1
+        for place, value in zip(places, each, strict=True):
+            found[keys[place]] = value
+            self.features.put(keys[place], value)
+        return out if len(places) == len(keys) else _joined([found[key] for key in keys])
+
+    def _named(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by name, as the model's decorators want them."""
+        rest = next((p.name for p in self.signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+        return {name: value for name, value in arguments.items() if name != rest} | arguments.get(rest, {})
+
+
+def _parts(arguments: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The arguments for each image alone; None where the tensors do not have one row per image."""
+    counts = {len(value) for value in arguments.values() if isinstance(value, Tensor) and value.dim()}
+    if len(counts) != 1 or any(isinstance(value, list | tuple) for value in arguments.values()):
+        return None
+    return [{name: _chosen(value, [place]) for name, value in arguments.items()} for place in range(counts.pop())]
+
+
+def _chosen(value: Any, places: list[int]) -> Any:
+    return value[places] if isinstance(value, Tensor) and value.dim() else value
+
+
+def _split(output: Any, count: int) -> list[Any] | None:
+    """An encoding as one of each image; None when it does not say which part is whose."""
+    pooled = output.pooler_output
+    others = [item.name for item in dataclasses.fields(output) if item.name != "pooler_output"]
+    if len(pooled) != count or any(getattr(output, name) is not None for name in others):
+        return None
+    if isinstance(pooled, Tensor):
+        return [dataclasses.replace(output, pooler_output=part[None].clone()) for part in pooled]
+    return [dataclasses.replace(output, pooler_output=[part.clone()]) for part in pooled]
+
+
+def _joined(parts: list[Any]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    pooled = [part.pooler_output for part in parts]
+    whole = torch.cat(pooled) if isinstance(pooled[0], Tensor) else [one for part in pooled for one in part]
+    return dataclasses.replace(parts[0], pooler_output=whole)
 
 
 def _key(name: str, arguments: dict[str, Any]) -> str:

@@ -17,6 +17,11 @@ from pruneval.tasks.pocket import editions
 drawn = functools.cache(editions.rows)
 
 
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Questions are not prepared for a model: there is none."""
+    monkeypatch.setattr(lmms_model.PrunevalModel, "_measure", lambda self, request: (1, len(request.context)))
+
+
 def run(monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[dict, int], str], **options: Any) -> Outcome:
     """Evaluate a pocket benchmark; `answer` is called with a row as drawn and its index."""
     row = tasks.benchmark(name)
@@ -36,5 +41,6 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[dict, int]
             for request in batch
         ]
 
+    unseen(monkeypatch)
     monkeypatch.setattr(lmms_model.PrunevalModel, "_generate", generate)
     return evaluate(None, None, row, **options)

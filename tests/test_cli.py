@@ -92,7 +92,7 @@ WRONG = [
     ("--method fastv --model /no/such/folder", "no model folder at /no/such/folder"),
     ("--method fastv --limit 0", "--limit must be a whole number of at least 1, not '0'"),
     ("--method fastv --limit many", "--limit must be a whole number of at least 1, not 'many'"),
-    ("--method fastv --batch-size 0", "--batch-size must be a whole number of at least 1, not '0'"),
+    ("--method fastv --batch-size 0", "the batch size must be auto or a whole number of at least 1, not '0'"),
     ("--method fastv --seed -1", "--seed must be a whole number of at least 0, not '-1'"),
     ("--method fastv --dtype fp17", "unknown dtype 'fp17'; did you mean 'fp16'?"),
     ("--method fastv --kernel spda", "unknown kernel 'spda'; did you mean 'sdpa'?"),

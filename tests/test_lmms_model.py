@@ -62,8 +62,10 @@ def test_answers_and_budgets_do_not_depend_on_the_batch(method, loaded):
     row = tasks.benchmark("pocket-scienceqa")
     alone = evaluate(loaded, built, row, limit=12, batch_size=1)
     together = evaluate(loaded, built, row, limit=12, batch_size=8)
-    assert together.samples.equals(alone.samples)
-    assert together.scores == alone.scores
+    chosen = evaluate(loaded, built, row, limit=12, batch_size="auto")
+    assert together.samples.equals(alone.samples) and chosen.samples.equals(alone.samples)
+    assert together.scores == alone.scores == chosen.scores
+    assert alone.batch_size is None and 1 < chosen.batch_size <= 64
     if method:
         keep = {"vanilla": 1.0, "fastv": 0.75, "random": 0.5}[method[0]]
         assert (alone.samples.visual_tokens == 16).all()
@@ -118,10 +120,10 @@ def test_only_arguments_of_generate_are_passed_on():
 
 
 def test_bad_settings_are_one_clear_line(loaded):
-    with pytest.raises(UserError, match="batch size must be at least 1"):
+    with pytest.raises(UserError, match="batch size must be auto or a whole number of at least 1, not 0"):
         PrunevalModel(loaded, batch_size=0)
-    with pytest.raises(UserError, match="batch size must be a whole number, not 'auto'"):
-        PrunevalModel(loaded, batch_size="auto")
+    with pytest.raises(UserError, match="batch size must be auto or a whole number of at least 1, not 'many'"):
+        PrunevalModel(loaded, batch_size="many")
     with pytest.raises(UserError, match="no method's name"):
         PrunevalModel(loaded, keep=0.5)
     model = PrunevalModel(loaded)

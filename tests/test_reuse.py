@@ -65,15 +65,33 @@ def test_memory_and_disk_are_bounded(tmp_path):
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     def made(value):
-        return lambda: BaseModelOutputWithPooling(pooler_output=torch.full((256,), float(value)))
+        return BaseModelOutputWithPooling(pooler_output=torch.full((256,), float(value)))
 
     store = Features(tmp_path, memory=2500, disk=2500)  # two each
     for key in "abcd":
-        store.get(key, made(ord(key)))
+        store.put(key, made(ord(key)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-    assert store.get("a", made(0)).pooler_output[0] == ord("a")  # from the disk
-    assert (store.misses, store.hits) == (4, 1)
+    assert store.find("a").pooler_output[0] == ord("a")  # from the disk
     for key in "efg":
-        store.get(key, made(ord(key)))
+        store.put(key, made(ord(key)))
     assert len(list(tmp_path.iterdir())) == 2
-    assert store.get("b", made(7)).pooler_output[0] == 7  # forgotten, computed again
+    assert store.find("b") is None  # forgotten
+    assert store.find("g").pooler_output[0] == ord("g")
+
+
+def test_an_image_that_is_asked_about_again_is_not_encoded_again():
+    tiny = subject("llava")
+    model, shape = tiny.model("sdpa"), tiny.samples[0]["pixel_values"].shape[1:]
+    pixels = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0), dtype=model.dtype)
+    inner, seen = model.model, []
+    handle = inner.vision_tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    with torch.no_grad(), reusing(adapter_for(model)) as features:
+        first = inner.get_image_features(pixel_values=pixels[[0, 1, 0]], return_dict=True).pooler_output
+        second = inner.get_image_features(pixel_values=pixels[[2, 1]], return_dict=True).pooler_output
+        inner.get_image_features(pixel_values=pixels, return_dict=True)
+    handle.remove()
+    assert seen == [2, 1] and (features.misses, features.hits) == (2, 1)
+    assert torch.equal(first[0], first[2]) and torch.equal(first[1], second[1])
+    with torch.no_grad():
+        alone = inner.get_image_features(pixel_values=pixels[[2]], return_dict=True).pooler_output
+    torch.testing.assert_close(second[0], alone[0])

@@ -9,7 +9,7 @@ import pytest
 import scripting
 
 from pruneval import tasks
-from pruneval.harness import video
+from pruneval.harness import preparing, video
 from pruneval.harness.errors import SampleFailure, UserError
 from pruneval.harness.evaluate import build_tasks, evaluate
 from pruneval.harness.lmms_model import PrunevalModel
@@ -61,16 +61,13 @@ def test_a_file_that_is_no_video_is_named(content, message: str, film, tmp_path)
 
 
 def test_the_processor_gets_sampled_frames_and_is_told_so():
-    model = PrunevalModel(SimpleNamespace(processor=SimpleNamespace(video_processor=object())), frames=4)
+    processor = SimpleNamespace(video_processor=object())
     clip = video.Clip(np.zeros((4, 8, 8, 3), np.uint8), {"fps": 2.0})
-    given = model._videos([clip])
+    given = preparing.videos(processor, [clip])
     assert given["do_sample_frames"] is False and given["video_metadata"] == [{"fps": 2.0}]
-    assert given["videos"][0] is clip.frames and model._videos([]) == {}
-    blind = PrunevalModel(
-        SimpleNamespace(processor=SimpleNamespace(), entry=SimpleNamespace(name="llava-1.5-7b")), frames=4
-    )
+    assert given["videos"][0] is clip.frames and preparing.videos(processor, []) == {}
     with pytest.raises(UserError, match=r"'llava-1.5-7b' takes no videos"):
-        blind._videos([clip])
+        preparing.videos(SimpleNamespace(), [clip], "llava-1.5-7b")
 
 
 def right(row: dict, index: int) -> str:
@@ -103,6 +100,7 @@ def test_mvbench_is_the_mean_of_its_parts_and_counts_empty_answers(monkeypatch: 
             )  # fmt: skip
         return found
 
+    scripting.unseen(monkeypatch)
     monkeypatch.setattr(PrunevalModel, "_generate", generate)
     outcome = evaluate(None, None, row, batch_size=32)
     values = {key: score["value"] for key, score in outcome.scores.items()}
@@ -113,6 +111,10 @@ def test_mvbench_is_the_mean_of_its_parts_and_counts_empty_answers(monkeypatch: 
     assert list(outcome.samples.doc_id) == list(range(60)) and outcome.samples.correct.sum() == 55
 
 
+class Blind:
+    """A processor that must not be reached."""
+
+
 def test_a_video_that_is_gone_fails_its_sample(monkeypatch: pytest.MonkeyPatch, tmp_path):
     row = tasks.benchmark("pocket-tgif_qa_exact")
     (task,) = build_tasks(row)
@@ -121,6 +123,6 @@ def test_a_video_that_is_gone_fails_its_sample(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "videos").mkdir()
     (tmp_path / "test.parquet").write_bytes((source / "test.parquet").read_bytes())
     monkeypatch.setattr(editions, "ensure", lambda name: tmp_path)
-    loaded = SimpleNamespace(processor=SimpleNamespace(video_processor=object(), tokenizer=None), entry=None)
+    loaded = SimpleNamespace(processor=Blind(), entry=None)
     with pytest.raises(SampleFailure, match=r"sample tgif_qa_exact/[01]: .*/videos/video000[01] is missing"):
         evaluate(loaded, None, row, limit=2, batch_size=2)
