@@ -165,7 +165,15 @@ def test_the_course_learns(processor: LlavaProcessor, tmp_path):
     model, journal = build.model(processor.tokenizer), []
     assert model.config.vision_config.num_hidden_layers + vision.FEATURE > 0
     small = prompted.Course(
-        steps=6, scenes=8, albums=dict.fromkeys(forms.ALBUMS, 2), size=2, asked=3, beside=1, asked_beside=2, tests=4
+        "tiny",
+        steps=6,
+        scenes=8,
+        albums=dict.fromkeys(forms.ALBUMS, 2),
+        size=2,
+        asked=3,
+        beside=1,
+        asked_beside=2,
+        tests=4,
     )
     prompted.teach(model, processor.tokenizer, tmp_path, small, 0, journal.append)
     prompted.teach(model, processor.tokenizer, tmp_path, small, 0, journal.append)

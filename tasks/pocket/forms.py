@@ -6,7 +6,7 @@ A form is made from a scene of the "train" split (``PLAIN``: name, share and mak
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -171,10 +171,10 @@ PLAIN: dict[str, tuple[float, Maker]] = {
 """What is asked about a scene, with its share of the questions."""
 
 
-def some(scene: Scene, rng: np.random.Generator, number: int) -> list[Asked]:
-    """Questions about a scene, the forms by their shares."""
+def some(scene: Scene, rng: np.random.Generator, number: int, other: Mapping[str, float] = {}) -> list[Asked]:
+    """Questions about a scene, the forms by their shares, or the ``other`` shares."""
     names = list(PLAIN)
-    shares = np.asarray([PLAIN[name][0] for name in names])
+    shares = np.asarray([other.get(name, PLAIN[name][0]) for name in names])
     found: list[Asked] = []
     while len(found) < number:
         made = PLAIN[names[int(rng.choice(len(names), p=shares / shares.sum()))]][1](scene, rng)

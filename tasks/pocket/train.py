@@ -1,7 +1,7 @@
 """Train pocket-llava from nothing: ``python -m pruneval.tasks.pocket.train --out DIR``.
 
 The stages of the real models: the vision tower, the alignment of the projector with the words, and the decoder in
-three courses, the last of which (`prompted`) brings the prompts of every edition of images. Scenes and questions come
+four courses, the last two of which (`prompted`) bring the prompts of every edition of images. Scenes and questions come
 from the project's own generator and every random choice is seeded. A run that was interrupted goes on from its last
 checkpoint in ``--work``.
 """
@@ -98,7 +98,8 @@ def train(out: Path, work: Path) -> None:
     if not (work / "prompts.pt").exists():
         save(model, processor, work / "polished")
         journal({"stage": "editions", "when": "before", "scores": scores.measure(work / "polished", work / "before")})
-    prompted.teach(model, processor.tokenizer, work, prompted.COURSE, SEED + 11, journal)
+    for course, seed in zip(prompted.COURSES, (SEED + 11, SEED + 13), strict=True):
+        prompted.teach(model, processor.tokenizer, work, course, seed, journal)
     save(model, processor, out)
     journal({"stage": "editions", "when": "after", "scores": scores.measure(out, work / "after")})
     finish(out, journal)
@@ -119,8 +120,9 @@ def finish(out: Path, journal: Journal) -> None:
         "text_width": config.text_config.hidden_size, "vocabulary": len(processor.tokenizer), "seed": SEED,
         "vision_steps": VISION_STEPS, "vision_batch": VISION_BATCH, "align_steps": ALIGN_STEPS, "pool": POOL,
         "language_steps": LANGUAGE.steps, "language_batch": LANGUAGE.size, "polish_steps": POLISH.steps,
-        "prompts_steps": prompted.COURSE.steps, "prompts_scenes": prompted.COURSE.size,
-        "prompts_albums": prompted.COURSE.beside, "new_words": len(build.GLOSSES),
+        "prompts_steps": prompted.COURSES[0].steps, "prompts_scenes": prompted.COURSES[0].size,
+        "prompts_albums": prompted.COURSES[0].beside, "letters_steps": prompted.COURSES[1].steps,
+        "new_words": len(build.GLOSSES),
     }  # fmt: skip
     card.write(out, figures, journal.read(), facts)
 
