@@ -158,6 +158,7 @@ def _run(
         error=error,
         scores=outcome.scores if outcome else {},
         budget=_budget(outcome.samples) if outcome else {},
+        provisional=cell.method.card.provisional,
         implied=_implied(cell, loaded, outcome.samples) if outcome else None,
         environment={
             **environment(),

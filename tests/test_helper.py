@@ -300,7 +300,11 @@ def test_an_evaluation_names_its_helper_and_records_its_cost(tmp_path, capsys):
     assert record.budget["avg_in"] == (16 + 3 * 4) / 4
     assert record.implied["helper_tflops"] > 0 and str(tmp_path) not in str(record.to_dict())
     assert record.implied["tflops_with_helpers"] > record.implied["unpruned_tflops"]
-    assert f"sgp(helper=small@{found.revision[:8]}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"sgp(helper=small@{found.revision[:8]}" in printed
+    cost = [f"{record.implied[key]:.3g}" for key in ("helper_tflops", "tflops_with_helpers", "unpruned_tflops")]
+    assert "besides the model (helper reads, helper answers with 4 tokens, rows of the helper): " in printed
+    assert "{} TFLOPs implied, {} in all, {} un-pruned".format(*cost) in printed
     assert record.budget["early"] == 0
     given += ["--set", "exit=0"]  # any answer of the helper is good enough
     assert cli.main([*words, "--method", "sgp", *given, "--out", str(tmp_path / "runs")]) == 0
