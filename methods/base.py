@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pruneval.methods.step import (
-    Attention,
     DecodeStep,
     EncodeStep,
     MethodError,
@@ -27,9 +26,9 @@ from pruneval.methods.step import (
     Reduction,
     Shape,
     Step,
-    Vision,
     torch,
 )
+from pruneval.methods.views import Attention, Vision
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pruneval.methods.step import Attention
+    from pruneval.methods.views import Attention
 
 
 @dataclass(frozen=True)

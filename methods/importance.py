@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from pruneval.methods.step import Attention, Step, torch
+from pruneval.methods.step import Step, torch
+from pruneval.methods.views import Attention
 
 
 def importance(step: Step, trust: float, alpha: float, code: bool) -> torch.Tensor:

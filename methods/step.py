@@ -6,10 +6,10 @@ torch is imported when it is first used, so cards can be listed without it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from pruneval.methods.clip import Clip
     from pruneval.methods.helper import Helper, Reading
+    from pruneval.methods.views import Attention, Sheets
 else:
 
     class _LazyTorch(ModuleType):
@@ -41,7 +42,7 @@ class Shape:
         has_cls: whether row 0 of a tile in the tower is a CLS token.
         tiled: whether one image or video may become several tiles.
         merge: cells of the tower that become one visual token.
-        sheets: whether tiles are put together to larger grids, with newline tokens; then the view is a `Sheets`.
+        sheets: whether tiles are put together to larger grids, with newline tokens; then the view is a `views.Sheets`.
         whole: (cells, visual tokens) of each tile, where counts are declared for a prompt of whole tiles without
             newlines, as published costs assume; empty where the prompt's tiles are not known.
     """
@@ -86,137 +87,6 @@ class Needs:
     pixels: bool = False
 
 
-class Attention(Protocol):
-    """One layer's attention for one sample, computed row by row on demand. Softmax runs over the full row, in float32.
-
-    Attributes:
-        query: (H, n, d_h), after rotary embedding.
-        key: (H_kv, n, d_h), after rotary embedding; use `keys()` for all H heads.
-        value: (H_kv, n, d_h).
-        origin: (n,) the origins of the n tokens (decoder layers), or None (vision tower).
-        scaling: factor on the dot products.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    origin: Tensor | None
-    scaling: float
-
-    def rotated(self, vectors: Tensor) -> Tensor:
-        """(..., n, d_h) vectors with the rotary embedding of the n tokens (decoder layers)."""
-
-    def unrotated(self) -> Attention:
-        """The same attention without rotary embedding (decoder layers)."""
-
-    def rows(self, index: Tensor | Sequence[int] | int) -> Tensor:
-        """Attention of the query rows `index`, shape (H, r, n)."""
-
-    def blocks(self, index: Tensor | Sequence[int] | None = None) -> Iterator[Tensor]:
-        """The query rows `index` (default all) a few at a time, (H, r, n) each, so that no full map is held."""
-
-    def received(self, index: Tensor | Sequence[int] | None = None) -> Tensor:
-        """Mean over the query rows `index` (default all) of what each token receives, (H, n); no full map is held."""
-
-
-class Vision(Protocol):
-    """What the vision tower saw of one sample: `tiles` crops of P cells each, in the order of the tower.
-
-    Attributes:
-        tiles: number of crops over all images of the sample.
-        has_cls: whether row 0 of every tile is a CLS token (then rows 1..P are the cells).
-        images: tiles of each image, in prompt order.
-        grid: (rows, columns) of a tile's cells, which come row by row; families whose tiles differ in size have none.
-        grids: (rows, columns) of each tile's tokens.
-    """
-
-    tiles: int
-    has_cls: bool
-    images: tuple[int, ...]
-    grid: tuple[int, int]
-    grids: tuple[tuple[int, int], ...]
-
-    def attention(self, layer: int) -> list[Attention]:
-        """Attention of a vision layer, one per tile; rows include the CLS token."""
-
-    def hidden(self, layer: int) -> list[Tensor]:
-        """Output of a vision layer, one (P or P + 1, d_v) per tile."""
-
-    def clips(self) -> list[Tensor]:
-        """(F, P) for each video, in prompt order: numbers 0..N-1 of the visual tokens at place p of frame f.
-
-        Tokens without a place in a frame (newlines, CLS) are in none, and images are no clips.
-        """
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """(m, d_v) tower outputs through the projector: (m, d)."""
-
-    def to_tokens(self, cells: Tensor | Sequence[Tensor], fill: float = float("nan")) -> Tensor:
-        """Numbers on cells, (tiles, P) or (P,) tile by tile, as (N,) numbers on the prompt's visual tokens.
-
-        k numbers per cell, (P, k), make (N, k). A token of several cells gets their mean; tokens without a cell
-        (newlines) get `fill`.
-        """
-
-    def blocks(self, cells: Tensor) -> Tensor:
-        """(P, ...) of a tile's cells as (t, b, ...) of its tokens' blocks, where `Shape.merge` is more than 1."""
-
-    def pixels(self) -> list[Tensor]:
-        """(3, height, width) per tile, in [0, 1]; if asked for."""
-
-    def passed(self) -> list[Passed] | None:
-        """What came through the tower, one per tile; None when nothing left any of them (`Method.at_encode`)."""
-
-    def arrived(self) -> list[Tensor]:
-        """(k,) per tile: numbers 0..N-1 of the visual tokens made of passed cells, in the order of these.
-
-        -1 where the prompt has no token of a passed cell: cut away as padding, resampled or pooled.
-        """
-
-
-@dataclass(frozen=True)
-class Passed:
-    """A tile behind a tower in which tokens were dropped or merged.
-
-    Attributes:
-        cells: (m,) the cells still there, in the order in which they left the tower.
-        total: P, cells of the un-pruned tile.
-        entered: tokens (with CLS) that entered each layer of the tower.
-        features: (m, d) the cells through the projector; None where several cells become one token.
-    """
-
-    cells: Tensor
-    total: int
-    entered: tuple[int, ...]
-    features: Tensor | None = None
-
-
-class Sheets(Vision, Protocol):
-    """The view of a family that lays several tiles out as one grid of tokens, a *sheet*; see `Shape.sheets`.
-
-    Sheets may be cut (padding) and resampled or pooled, and may have newline tokens, which no cell stands behind. Here
-    `grids` are those of the tiles before they are put together.
-    """
-
-    def tile_of(self) -> Tensor:
-        """(N,) the tile under the middle of each visual token, -1 for newlines."""
-
-    def cell_of(self) -> Tensor:
-        """(N,) the cell of that tile under the middle of each visual token, -1 for newlines."""
-
-    def is_newline(self) -> Tensor:
-        """(N,) which visual tokens are newlines."""
-
-    def token_of(self) -> Tensor:
-        """(tiles, P) number of the visual token that is this cell, -1 where it was cut away, resampled or pooled."""
-
-    def sheet_of(self) -> Tensor:
-        """(N,) number of the sheet each visual token is in; a newline is in the sheet it belongs to."""
-
-    def place_of(self) -> Tensor:
-        """(N, 2) row and column in the sheet; newlines stand right of their row, or below the last one."""
-
-
 @dataclass
 class Step:
     """One sample at one boundary: the n tokens about to enter decoder layer `layer`. No padding, no batch dimension.
@@ -234,7 +104,7 @@ class Step:
             interrupts has several; what was encoded outside the block is told apart only by the text between.
         generator: gives a private random generator (CPU), the same for this sample in any batch.
         seen: attention of the decoder layers asked for, by layer.
-        vision: the vision tower's view, if asked for.
+        vision: the vision tower's view, if asked for; a `Vision`, and of `Sheets` where `shape.sheets` says so.
         clips: if asked for, (F, P) origins of the tokens of each video's frames, as `Vision.clips`; some may be gone.
         clip: the question in CLIP's space, if asked for.
         upcoming: what `next` calls.
@@ -253,7 +123,7 @@ class Step:
     spans: tuple[tuple[int, int], ...]
     generator: Callable[[], torch.Generator]
     seen: Mapping[int, Attention] = field(default_factory=dict)
-    vision: Vision = None  # type: ignore[assignment]  # there when needs() asks for it, like `clip`
+    vision: Sheets = None  # type: ignore[assignment]  # there when needs() asks for it, like `clip`
     clips: Sequence[Tensor] = ()
     clip: Clip = None  # type: ignore[assignment]
     upcoming: Callable[[], Attention] | None = None

@@ -21,7 +21,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from pruneval.harness.adapters.base import Adapter, Encoding, passed, pixels
 from pruneval.harness.attention import HeadAttention
-from pruneval.methods.step import Passed
+from pruneval.methods.views import Passed
 
 Size = tuple[int, int]
 
@@ -106,7 +106,7 @@ class AnyRes(Adapter):
     whole_items: ClassVar[bool] = True
 
     @property
-    def has_cls(self) -> bool:
+    def has_cls(self) -> bool:  # type: ignore[override]
         return self.config.vision_feature_select_strategy == "default"
 
     @property
@@ -211,7 +211,7 @@ class Bilinear:
 
 
 class SheetView:
-    """The view of one sample: see `pruneval.methods.step.Sheets`."""
+    """The view of one sample: see `pruneval.methods.views.Sheets`."""
 
     def __init__(self, adapter: AnyRes, items: Sequence[Item], device: torch.device) -> None:
         """

@@ -22,7 +22,7 @@ from pruneval.harness.errors import UserError
 from pruneval.harness.helper import reason as helper_reason
 from pruneval.harness.layout import Layout
 from pruneval.methods.base import Method, MethodError, Shape
-from pruneval.methods.step import Passed
+from pruneval.methods.views import Passed
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,11 @@ class Adapter(ABC):
         side of a patch; None for towers that take tiles of one size.
         """
         return None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of a tile's cells, where all tiles have the same."""
+        raise NotImplementedError
 
     def token_grid(self, kind: str) -> tuple[int, int]:
         """(rows, columns) of visual tokens that a tile becomes, where tiles have one size."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pruneval.harness.adapters.base import Adapter, Encoding, passed, pixels
 from pruneval.harness.attention import HeadAttention
-from pruneval.methods.step import Passed
+from pruneval.methods.views import Passed
 
 
 class Llava(Adapter):

@@ -30,7 +30,7 @@ from pruneval.harness.adapters.base import Adapter, Encoding, passed
 from pruneval.harness.attention import HeadAttention
 from pruneval.harness.layout import Layout
 from pruneval.harness.override import override
-from pruneval.methods.step import Passed
+from pruneval.methods.views import Passed
 
 
 class QwenVL(Adapter):
