@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from steps import shape, step
 
 from pruneval import methods
-from pruneval.harness import subjects
+from pruneval.harness import measure, subjects
 from pruneval.harness.adapters import adapter_for
 from pruneval.harness.conformance import CHECKS, Case, verdicts
 from pruneval.harness.errors import UserError
@@ -169,3 +169,18 @@ def test_what_does_not_fit_is_one_line(checkpoint, tmp_path):
     method = methods.build("ifprune", {"checkpoint": str(tmp_path / "deep")})
     with torch.no_grad(), pytest.raises(UserError, match=r"no layer layers\.7"), pruned(model, method, adapter=adapter):
         model(**subject("llava").samples[0])
+
+
+def test_keeping_all_does_not_ask_the_helper(checkpoint):
+    method = methods.build("ifprune", {"checkpoint": str(checkpoint), "keep": 1})
+    assert method.reduce(step(1, 6, 2)) is None
+    with pytest.raises(MethodError, match="no helper was asked for"):
+        methods.build("ifprune", {"checkpoint": str(checkpoint), "keep": 0.5}).reduce(step(1, 6, 2))
+
+
+def test_costs_are_declared_without_weights():
+    """What the bottleneck computes is then not counted, and said so."""
+    found = measure.implied("llava-1.5-7b", "ifprune", {"keep": 64 / 576}, helper="llava-1.5-7b")
+    assert found["per_layer"] == [64] * 32 and found["helper_tflops"] > 0
+    assert "what the method was trained for: no checkpoint was given" in found["not_counted"]
+    assert methods.build("ifprune").needs(shape())[0].helper.lora is None
