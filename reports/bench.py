@@ -20,23 +20,34 @@ def to_markdown(document: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
         setting: one of its settings.
     """
     machine, protocol = document["machine"], document["protocol"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
     budget = "at the methods' defaults" if setting["keep"] is None else f"every method's knob at {setting['keep']:g}"
     size = f"{setting['visual']} visual + {setting['text']} text tokens, batch {setting['batch']}"
-    how = f"{setting['new_tokens']} new tokens, {setting['kernel']}, {document['dtype']}, on {where}"
+    how = f"{setting['new_tokens']} new tokens, {setting['kernel']}, {document['dtype']}, on {where(machine)}"
     lines = [
         f"## {document['model']} ({document['weights']} weights), {budget}",
         "",
         f"{size}, {how}; {protocol['rounds']} rounds, interleaved",
     ]
-    busy = max(machine["load_before"], machine["load_after"])
-    if busy > (machine["cpus"] or 1) + 0.5:
-        lines.append(f"**The machine had other work: load {busy:g} on {machine['cpus']} cores. Not for quoting.**")
+    if other := busy(machine):
+        lines.append(f"**{other[0].upper()}{other[1:]}. Not for quoting.**")
     if setting["contestants"]:
         table = [HEAD, ("---",) * len(HEAD), *(_row(row, setting) for row in setting["contestants"])]
         lines += ["", *("| " + " | ".join(cells) + " |" for cells in table), "", _legend(setting)]
     lines += [f"- left out: {row['method']}: {row['reason']}" for row in setting["left_out"]]
     return "\n".join(lines) + "\n"
+
+
+def where(machine: Mapping[str, Any]) -> str:
+    """What the numbers were measured on."""
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
+
+
+def busy(machine: Mapping[str, Any]) -> str:
+    """That the machine had more to do than the measurement; empty when it had not."""
+    most = max(machine["load_before"], machine["load_after"])
+    return f"the machine had other work: load {most:g} on {machine['cpus']} cores" * (
+        most > (machine["cpus"] or 1) + 0.5
+    )
 
 
 def _row(row: Mapping[str, Any], setting: Mapping[str, Any]) -> tuple[str, ...]:

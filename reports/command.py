@@ -24,12 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", metavar="L", help="a table of a paper (`pruneval list layouts`), or `papers` for all of them")
     add("--format", choices=(*FORMATS, EVERY), default="markdown", help="html has the figures too (default: markdown)")
     add("--show", choices=SHOW, default="ours", help="with --layout: whose numbers (default: ours)")
+    add(
+        "--bench", action="append", type=Path, default=[], metavar="FILE",
+        help="with --layout: times and bytes of a document that `pruneval bench` wrote; may be repeated",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the tables and write them beside the results."""
     if args.layout is None and args.show != "ours":
         raise UserError(f"--show {args.show} needs a paper's table: add --layout (see `pruneval list layouts`)")
+    if args.bench and args.layout is None:
+        raise UserError("--bench needs a paper's table: add --layout (see `pruneval list layouts`)")
     name = "report" if args.layout is None else f"{args.layout}_{args.show}"
     forms = tuple(FORMATS) if args.format == EVERY else (args.format,)
     if "html" in forms and not args.out.is_dir():
@@ -85,6 +91,7 @@ def _comparisons(out: Path, drawn: bool) -> tuple[list[Table], dict[str, str]]:
 
 
 def _layouts(args: argparse.Namespace) -> tuple[list[Table], dict[str, str]]:
+    from pruneval.reports import benched
     from pruneval.reports import layout as layouts
     from pruneval.reports.filled import fill
 
@@ -92,5 +99,6 @@ def _layouts(args: argparse.Namespace) -> tuple[list[Table], dict[str, str]]:
     if args.layout == "papers":
         names = [name for name in layouts.names() if layouts.load(name).table]
     chosen = [layouts.load(name) for name in names]
-    records = [] if args.show == "published" else records_of(args.out)
-    return [fill(layout, records, args.show) for layout in chosen], {}
+    benches = [benched.read(path) for path in args.bench]
+    records = [] if args.show == "published" else read_records(args.out) if benches else records_of(args.out)
+    return [fill(layout, records, args.show, benches) for layout in chosen], {}

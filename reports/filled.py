@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from pruneval.harness.records import RunRecord
-from pruneval.reports.join import Found, Join
+from pruneval.reports.fitting import Found
+from pruneval.reports.join import Join
 from pruneval.reports.layout import DOUBT, Layout, Line, Printed, printed
 from pruneval.reports.table import SECOND, Cell, Column, Row, Table, ranked
 
@@ -16,15 +17,18 @@ HOLE = "–"
 POCKET = "Pocket scores come from a small drawn world; they are not scores of the published benchmarks."
 
 
-def fill(layout: Layout, records: Iterable[RunRecord], show: str = "ours") -> Table:
+def fill(
+    layout: Layout, records: Iterable[RunRecord], show: str = "ours", benches: Iterable[Mapping[str, Any]] = ()
+) -> Table:
     """The table of a layout.
 
     Args:
         layout: its shape, and where its printed numbers are.
         records: those of other editions and those with a limit are left aside.
         show: one of `SHOW`.
+        benches: documents of `pruneval bench`, for measured times and bytes.
     """
-    join = Join(layout, records)
+    join = Join(layout, records, benches)
     ranking = show in ("ours", "published")
     columns = []
     for column in layout.columns:

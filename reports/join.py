@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from pruneval.harness.records import RunRecord
+from pruneval.reports.benched import METRICS, Benched
 from pruneval.reports.entries import REFERENCE
+from pruneval.reports.fitting import Found, fits, model_of, wanted
 from pruneval.reports.layout import Layout, Line
 from pruneval.tasks import Benchmark, benchmarks
 
-MODELS = {"llava-onevision-7b": "llava-ov-7b"}
-"""Names of the transcription that are others in `pruneval list models`."""
 BENCHMARKS = {"scienceqa_img": "scienceqa"}
-CLOSE = 0.03
-"""A run is at a budget when it is within 3 % of it."""
 COSTS = {
-    "tflops": ("implied", "tflops", 1.0),
-    "tmacs": ("implied", "tmacs", 1.0),
-    "kv_ratio": ("implied", "kv_ratio", 1.0),
-    "params_b": ("implied", "params_b", 1.0),
-    "kv_cache_mb": ("implied", "kv_bytes_full_heads", 1e-6),
-    "prefill_s": ("measured", "prefill_s", 1.0),
-    "decode_s_per_token": ("measured", "decode_s_per_token", 1.0),
-    "latency_ms": ("measured", "prefill_s", 1e3),
+    "tflops": ("tflops", 1.0),
+    "tmacs": ("tmacs", 1.0),
+    "kv_ratio": ("kv_ratio", 1.0),
+    "params_b": ("params_b", 1.0),
+    "kv_cache_mb": ("kv_bytes_full_heads", 1e-6),
 }
-"""metric -> the record's part, its key, and the factor to the printed unit. Costs: lower is better."""
+"""metric -> the key of the record's implied cost, and the factor to the printed unit. Costs: lower is better."""
 AVERAGE, RELATIVE, SHARE, CHANGE = "avg_acc", "relative_pct", "_relative_pct", "_delta_pct"
 
 
-@dataclass(frozen=True)
-class Found:
-    """Our number for a cell, or the reason why there is none."""
-
-    value: float | None = None
-    reason: str = ""
-    notes: tuple[str, ...] = ()
-    stderr: float | None = None
-    digits: int | None = None
-    """Decimals it is printed with where the paper prints nothing; None: three significant digits."""
-    signatures: tuple[str, ...] = ()
-    runs: tuple[str, ...] = ()
-
-
 class Join:
-    """A layout and the records that may fill it."""
+    """A layout, and the records and bench documents that may fill it."""
 
-    def __init__(self, layout: Layout, records: Iterable[RunRecord]) -> None:
+    def __init__(self, layout: Layout, records: Iterable[RunRecord], benches: Iterable[Mapping[str, Any]] = ()) -> None:
         self.layout = layout
+        self.benched = Benched(layout, benches)
         self.known = benchmarks()
         self.records = [r for r in records if r.spec.edition == layout.edition and r.spec.limit is None]
         self.rows = list(layout.rows)
@@ -66,7 +47,7 @@ class Join:
         metric = str(address.get("metric", ""))
         if metric == "params_b" or metric.endswith(CHANGE):
             return None
-        if metric in COSTS:
+        if metric in COSTS or metric in METRICS:
             return False
         benchmark = self.known.get(self._benchmark(address, metric))
         return benchmark.higher_is_better if benchmark else True
@@ -83,10 +64,18 @@ class Join:
         if metric.endswith(SHARE):
             return self._against_vanilla(address, metric.removesuffix(SHARE), lambda mine, base: 100 * mine / base)
         if metric.endswith(CHANGE):
+            if (of := metric.removesuffix(CHANGE)) in METRICS and (of not in COSTS or self.benched.documents):
+                found = self.benched.change(address, of)
+                if found.value is not None or of not in COSTS:
+                    return found
             change = lambda mine, base: 100 * (mine / base - 1)  # noqa: E731
             return self._against_vanilla(address, metric.removesuffix(CHANGE), change)
         if metric in COSTS:
-            return self._cost(address, metric)
+            implied = self._cost(address, metric)
+            measurable = implied.value is None and metric in METRICS and self.benched.documents
+            return self.benched.found(address, metric) if measurable else implied
+        if metric in METRICS:
+            return self.benched.found(address, metric)
         return self._score(address, self._benchmark(address, metric))
 
     def _score(self, address: Mapping[str, Any], name: str) -> Found:
@@ -138,15 +127,15 @@ class Join:
         return Found(how(mine.value, base.value), digits=1, **_behind([mine, base]))
 
     def _cost(self, address: Mapping[str, Any], metric: str) -> Found:
-        part, key, factor = COSTS[metric]
+        key, factor = COSTS[metric]
         runs = [record for record in self._runs(address) if record.done]
-        known = [(r, (getattr(r, part) or {}).get(key)) for r in runs]
+        known = [(record, (record.implied or {}).get(key)) for record in runs]
         values = [(record, value) for record, value in known if value is not None]
         if not values:
-            return Found(reason=f"not {part}" if runs else "not run")
+            return Found(reason="not implied" if runs else "not run")
         return Found(
             factor * math.fsum(value for _, value in values) / len(values),
-            notes=("implied for the median question, mean over benchmarks",) if part == "implied" else (),
+            notes=("implied for the median question, mean over benchmarks",),
             signatures=tuple(dict.fromkeys(r.spec.signature(r.budget.get("avg_in")) for r, _ in values)),
             runs=tuple(record.spec.hash for record, _ in values),
         )
@@ -162,31 +151,16 @@ class Join:
 
     def _runs(self, address: Mapping[str, Any]) -> list[RunRecord]:
         """Records of this model and method, in a fixed order."""
-        model = MODELS.get(str(address.get("model")), address.get("model"))
-        ours = address.get("ours") or {"method": address.get("method")}
+        model, ours = model_of(address), wanted(address)
         found = [
-            r for r in self.records if r.spec.model == model and r.spec.method == ours["method"] and _fits(r, ours)
+            r
+            for r in self.records
+            if r.spec.model == model and fits(ours, r.spec.method, r.spec.params, r.budget, r.spec.kernel)
         ]
         return sorted(found, key=lambda record: (record.spec.benchmark, record.spec.seed, record.spec.signature()))
 
     def _benchmark(self, address: Mapping[str, Any], metric: str) -> str:
         return str(address.get("benchmark") or BENCHMARKS.get(metric, metric))
-
-
-def _fits(record: RunRecord, ours: Mapping[str, Any]) -> bool:
-    """Whether a record has these parameters and, if it is done, these budgets."""
-    for key, wanted in ours.get("params", {}).items():
-        value = record.spec.params.get(key)
-        if isinstance(wanted, float) and isinstance(value, int | float):
-            if not math.isclose(wanted, value, rel_tol=2e-3):
-                return False
-        elif value != wanted:
-            return False
-    for currency, wanted in ours.get("budget", {}).items():
-        realised = record.budget.get(currency)
-        if realised is None or abs(realised - wanted) > CLOSE * wanted:
-            return False
-    return True
 
 
 def _vanilla(address: Mapping[str, Any]) -> dict[str, Any]:

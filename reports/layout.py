@@ -4,13 +4,14 @@ A cell is addressed by its row and its column together: both may say model, meth
 methods across, settings across or models across are the same thing.
 
     title, head, rank = "columns" | "rows" | "", second = true | false, edition, benchmarks, notes
+    visual = {model = tokens}, dtype    the prompts, and if it matters the type, of measured times and bytes
     table = "gsearch/table1"            the printed numbers, `published/<table>.csv`; none for a layout of our own
     models = {name = "title"}           every row is repeated for each, one section per model
     [[columns]] heading, group, better = "higher" | "lower" | "", and keys of the address
     [[rows]]    label, section, ranked, delta, ours, missing, and keys of the address
 
-`ours = {method, params, budget}` says which of our runs belongs there; `missing` why none can. A row with `delta` is
-the difference of the two rows above it.
+`ours = {method, params, budget, kernel}` says which of our runs belongs there; `missing` why none can. A row with
+`delta` is the difference of the two rows above it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class Layout:
     benchmarks: tuple[str, ...] = ()
     """What averages and relative scores run over."""
     notes: tuple[str, ...] = ()
+    visual: Mapping[str, int] = field(default_factory=dict)
+    """Visual tokens of the prompts on which a model's times were taken."""
+    dtype: str = ""
+    """The type of weights that its times need; "" for any."""
 
     @property
     def pocket(self) -> bool:
