@@ -38,7 +38,7 @@ PLACES = language.Course(
 )  # fmt: skip
 """A thing's place is read off the view of the whole, but most of its tokens belong to crops; here there are none."""
 MORE = language.Course(
-    "more", steps=2000, images=5, films=11, pairs=1, muon=2e-3, adam=1e-3, cooldown=0.4, near=0.4, films_whole=0.4,
+    "more", steps=1650, images=5, films=11, pairs=1, muon=2e-3, adam=1e-3, cooldown=0.4, near=0.4, films_whole=0.4,
     projector=False, film_mix={"moved": 1.5, "direction": 2.0, "order": 1.5, "count": 0.7, "where": 1.2},
     weights={
         "shape": 1.0, "colour": 1.0, "existence": 2.0, "position": 3.0, "count": 3.0, "digit": 0.7, "choice": 3.0,
