@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 EVERY = 10.0
@@ -79,9 +79,11 @@ class Bars(Progress):
             else:
                 bars.stop()
 
-    def sweep(self, title: str) -> AbstractContextManager[Any]:
+    @contextmanager
+    def sweep(self, title: str) -> Iterator[Any]:
         """As `cell`."""
-        return self.cell(title)
+        with self.cell(title) as tell:
+            yield tell
 
     def _display(self) -> Any:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

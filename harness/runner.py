@@ -57,7 +57,8 @@ class Runner:
         self.out, self.batch_size = out, batch_size
         self.evaluate, self.show = evaluate or _evaluate, show or progress()
         self.loaded: models.LoadedModel | None = None
-        self._load, self._unloadable = load, None
+        self._load = load
+        self._unloadable: Exception | None = None
 
     def run(self, cell: Cell, title: str) -> RunRecord | NotRun:
         """The cell's record, of this run or an earlier one, or why it was not tried.
