@@ -103,4 +103,6 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     for start in ("Worker exit detail: ", "Worker exit type: "):
         text = text.partition(start)[2] or text
+    for guesses in (" Some common causes", " There are some potential root causes"):
+        text = text.partition(guesses)[0]
     return text[:300]

@@ -207,6 +207,16 @@ def test_a_worker_takes_over_where_it_was_started_and_stops_when_asked(tmp_path,
 # What is said
 
 
+def test_of_rays_long_messages_the_reason_is_kept():
+    text = """The actor died unexpectedly before finishing this task.
+        class_name: CellWorker
+    The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker
+    unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was"""
+    expected = "Worker unexpectedly exits with a connection error code 2. End of file."
+    assert cluster.one_line(RuntimeError(text)) == expected
+    assert cluster.one_line(RuntimeError("something\nelse")) == "something else"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
