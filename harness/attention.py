@@ -99,10 +99,10 @@ class HeadAttention:
         """Mean over the rows `index` (default all) of what each token receives, (H, n); rows are summed chunk
         by chunk.
         """
-        total, count = None, 0
+        total: Any = 0
+        count = 0
         for block in self.blocks(index):
-            rows, count = block.sum(1), count + block.shape[1]
-            total = rows if total is None else total + rows
+            total, count = total + block.sum(1), count + block.shape[1]
         return total / count
 
     def blocks(self, index: Tensor | Sequence[int] | None = None) -> Iterator[Tensor]:
@@ -131,11 +131,11 @@ class Call:
         """The attention of batch row `index` without the (padding) tokens before `start` and from `stop` on;
         `rotation` is the batch's, (B or 1, n, d_h) cos and sin.
         """
-        part = (tensor[index, :, start:stop] for tensor in (self.query, self.key, self.value))
+        query, key, value = (tensor[index, :, start:stop] for tensor in (self.query, self.key, self.value))
         if rotation is not None:
             cos, sin = (table[index if len(table) > 1 else 0, start:] for table in rotation)
             rotation = (cos, sin)
-        return HeadAttention(*part, self.scaling, self.causal, origin, rotation=rotation, weight=weight)
+        return HeadAttention(query, key, value, self.scaling, self.causal, origin, rotation=rotation, weight=weight)
 
 
 def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def watching(modules: Mapping[Any, nn.Module]) -> Iterator[Recorder]:
             if kernel is None:
                 raise UserError(f"{type(module).__name__} has no attention interface, so its attention can't be read")
             previous[module] = config
-            watched = copy.copy(config)
+            watched: Any = copy.copy(config)
             watched._attn_implementation_internal = _watched_name(kernel)
             module.config = watched
             _RECORDERS[module] = (recorder, key)

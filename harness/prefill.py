@@ -134,7 +134,7 @@ class Prefill:
         self.stream = Stream(layout, kernel, self.session.adapter.rotary.forward, self.last_position, hidden.device)
         out = self.stream.gather(hidden, keeps, pads)
         for row, result in enumerate(results):
-            if result is not None and result.slots is not None:
+            if result is not None and result.slots is not None and result.values is not None:
                 out[row, out.shape[1] - len(keeps[row]) + result.slots.to(out.device)] = result.values.to(out)
         return out
 

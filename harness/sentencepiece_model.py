@@ -104,6 +104,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     while place < len(data):
         key, place = _varint(data, place)
         kind = key & 7
+        value: int | bytes | None
         if kind == 0:
             value, place = _varint(data, place)
         elif kind == 2:

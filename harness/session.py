@@ -72,7 +72,6 @@ class Session:
             prompt's ids do.
         questions: texts of the questions of the next `generate`, for methods that read them; without them what the
             processor makes of the prompts.
-        trace: the trace of the last prefill, or None before the first.
         early: of the last prefill, the helper's answers that the method takes for the model's: sample -> ids, of the
             helper's tokenizer.
     """
@@ -81,7 +80,7 @@ class Session:
         self.adapter, self.method, self.seed = adapter, method, seed
         self.sample_keys: Sequence[str] | None = None
         self.questions: Sequence[str] | None = None
-        self.trace: Trace | None = None
+        self._trace: Trace | None = None
         self.early: dict[int, Tensor] = {}
         self.shape = adapter.shape
         self.needs = method.needs(self.shape)
@@ -97,11 +96,18 @@ class Session:
         self.recorder = Recorder()
         self.encoded: list[Encoding] = []
         self.vision_hidden: dict[int, Tensor] = {}
-        self.rotary_position: Tensor | None = None
+        self.rotary_position: Tensor
         self._input_ids: Tensor | None = None
         self._pixels: Tensor | None = None
         self._prefill: Prefill | None = None
         self._uncached: Tensor | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """The trace of the last prefill. Raises: UserError before the first."""
+        if self._trace is None:
+            raise UserError("no prompt has been read within this pruned() block yet, so there is no trace")
+        return self._trace
 
     def install(self, stack: ExitStack) -> None:
         """Puts the hooks in place; `stack` removes them."""
@@ -274,7 +280,7 @@ class Session:
             run.stepped()
             return
         run.finish()
-        self.trace = run.trace
+        self._trace = run.trace
         self.vision_hidden.clear()
         self.recorder.calls.clear()
         self.sample_keys = self.questions = None

@@ -114,7 +114,6 @@ class Asked:
 
         with pruned(self.loaded.model, method, seed=seed, adapter=adapter_of(self.loaded, method)) as session:
             row = self.model.ask(self.instance, session)
-            assert session.trace is not None
             return row["answer"], session.trace
 
     def look(self) -> tuple[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ class Sight:
         """
         self.run, self.session, self.embeddings, self.rotation = run, run.session, embeddings, rotation
         self._questions = Questions(run.session.text_tower, run.session.adapter.processor)
-        self._helped: dict[int, list[HelperView | None]] = {}
+        self._helped: dict[int, list[Any]] = {}
 
     def step(self, index: int, row: int, tokens: Tokens, hidden: Tensor, upcoming: Callable[[], Call]) -> Step:
         """What the method sees of a sample before decoder layer `index`.
@@ -50,6 +50,8 @@ class Sight:
         prompt = run.trace.prompt.samples[row]
         start = self.embeddings.shape[1] - len(prompt)
         key = self._key(row)
+        vision: Any = self._visions[row] if need.vision or session.towers.places or session.resizing else None
+        clip: Any = self._clip(row) if need.clip else None
         return Step(
             layer=index,
             hidden=hidden,
@@ -61,9 +63,9 @@ class Sight:
             spans=self._spans[row],
             generator=lambda: session.generator(key, index),
             seen={layer: self._seen(layer, row) for layer in need.attention},
-            vision=self._visions[row] if need.vision or session.towers.places or session.resizing else None,
+            vision=vision,
             clips=self._clips(row) if need.frames else (),
-            clip=self._clip(row) if need.clip else None,
+            clip=clip,
             upcoming=(lambda: self._sampled(upcoming(), row, tokens, run.stream)) if need.next else None,
             helping=functools.partial(self._help, index, row) if need.helper else None,
             memory=run.memory[row],
@@ -102,7 +104,9 @@ class Sight:
         if index not in self._helped:
             rows = range(0, len(self.run.memory), beams)
             prompts = [self._prompt(each) for each in rows]
-            self._helped[index] = session.helping.read(session.needs[index].helper, prompts, self.run.encoded)
+            helping, reading = session.helping, session.needs[index].helper
+            assert helping is not None and reading is not None  # else the pair is not supported
+            self._helped[index] = helping.read(reading, prompts, self.run.encoded)
         return self._helped[index][row // beams]
 
     def _prompt(self, row: int) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ class Stream:
         if self.bias is not None and kernel not in ("sdpa", "eager"):
             raise UserError(f"tokens with weights need an additive mask, which {kernel} has not: use sdpa or eager")
         self._masks: dict[tuple[int, int], Any] = {}
-        self._decode: tuple[Any, Any] = (None, None)
+        self._decode: tuple[Any, Any] = (None, None)  # a step's position, and the rotation there
         self._rotation: Rotation | None = None
 
     def mask(self, queries: int, keys: int, dtype: torch.dtype, attended: Tensor | None = None) -> Any:
@@ -90,7 +90,8 @@ class Stream:
     def decode_rotation(self, hidden: Tensor, position: Tensor) -> Rotation:
         """(cos, sin) of new tokens that the model would put at `position` (..., B, q); computed once per step."""
         if self._decode[0] is not position:
-            self._decode = (position, self.rotary(hidden, position - self.shift[:, None]))
+            shift = 0 if self.shift is None else self.shift[:, None]
+            self._decode = (position, self.rotary(hidden, position - shift))
         return self._decode[1]
 
     def gather(self, hidden: Tensor, keep: list[Tensor], starts: list[int]) -> Tensor:

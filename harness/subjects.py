@@ -84,7 +84,8 @@ def _internvl() -> nn.Module:
 
 
 def _qwen(version: str) -> nn.Module:
-    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}
+    vision: dict[str, Any] = {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    vision["out_hidden_size"] = 64
     ids = {**_IDS, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
     if version == "2.5":
         vision |= {"patch_size": 14, "window_size": 112, "fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
@@ -157,7 +158,8 @@ def _placeholders(model: nn.Module, kind: str, inputs: Inputs) -> int:
 
 
 def _prompt(model: nn.Module, media: Media, seed: int) -> Inputs:
-    ids, kinds, inputs = [BOS, *_words(seed, 3 + seed)], [0] * (4 + seed), {}
+    ids, kinds = [BOS, *_words(seed, 3 + seed)], [0] * (4 + seed)
+    inputs: Inputs = {}
     for number, (kind, make) in enumerate(media):
         made = make(model)
         count = _placeholders(model, kind, made)

@@ -103,7 +103,8 @@ def _edge(value: Callable[[float], float], low: float, high: float, passes: Call
 
 def _lowest(value: Callable[[float], float]) -> float:
     """The smallest setting the method takes. Raises: MethodError when it takes none below 1."""
-    low, high, error = 0.0, 1.0, None
+    low, high = 0.0, 1.0
+    error: MethodError | None = None
     middle = 1e-9
     while low < middle < high:
         try:
@@ -114,7 +115,7 @@ def _lowest(value: Callable[[float], float]) -> float:
         except MethodError as refusal:
             low, error = middle, refusal
         middle = (low + high) / 2
-    if high == 1:
+    if high == 1 and error is not None:
         raise error
     return high
 

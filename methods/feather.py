@@ -24,7 +24,6 @@ from pruneval.methods.base import (
     Reduction,
     Shape,
     Step,
-    Vision,
     boundary,
     strongest,
     torch,
@@ -114,7 +113,7 @@ class Feather(Method):
 
 def places(step: Step) -> torch.Tensor:
     """(N, 2) row and column of each visual token in the grid it stands in; (-1, -1) for tokens outside a grid."""
-    vision: Vision = step.vision
+    vision = step.vision
     device = step.visual.device
     if step.shape.sheets:
         return vision.place_of().to(device).masked_fill(vision.is_newline().to(device)[:, None], -1)

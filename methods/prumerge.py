@@ -73,7 +73,7 @@ class PruMerge(Method):
             raise MethodError(f"{self.card.name}: with count=outliers the count depends on the sample")
         return [kept(n, self.keep)] * shape.layers
 
-    def select(self, weight: torch.Tensor, count: int | None) -> torch.Tensor:
+    def centres(self, weight: torch.Tensor, count: int | None) -> torch.Tensor:
         """Indices of the kept tokens of a tile, strongest first: `count` of them, or as many as stand out."""
         count = outliers(weight) if count is None else count
         return torch.sort(weight, descending=True, stable=True).indices[:count]
@@ -88,7 +88,7 @@ class PruMerge(Method):
             if not share and not free:
                 continue
             if free or share < len(mine):
-                chosen = self.select(weight[mine], None if free else share - 1)
+                chosen = self.centres(weight[mine], None if free else share - 1)
             else:
                 chosen = torch.arange(share, device=mine.device)
             chosen = chosen.sort().values if self.order == "raster" else chosen

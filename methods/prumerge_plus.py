@@ -39,9 +39,9 @@ class PruMergePlus(PruMerge):
         reorders=True,
     )
 
-    def select(self, weight: torch.Tensor, count: int | None) -> torch.Tensor:
+    def centres(self, weight: torch.Tensor, count: int | None) -> torch.Tensor:
         n, found = len(weight), outliers(weight)
-        strongest = super().select(weight, found if count is None else min(found, count))
+        strongest = super().centres(weight, found if count is None else min(found, count))
         stop, room = (n - 1, n) if count is None else (n, count - len(strongest))
         if room == 0:
             return strongest

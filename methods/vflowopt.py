@@ -112,10 +112,9 @@ class VFlowOpt(Method):
 
     def check(self) -> None:
         if self.recipe:
-            found = numbers("vflowopt", self.recipe, "keep", "trust", "alpha", "side")
-            found["rates"] = str(read_recipe("vflowopt", self.recipe).get("rates"))
-            for name, value in found.items():
+            for name, value in numbers("vflowopt", self.recipe, "keep", "trust", "alpha", "side").items():
                 object.__setattr__(self, name, value)
+            object.__setattr__(self, "rates", str(read_recipe("vflowopt", self.recipe).get("rates")))
         if self.recycle not in ("about", "exact", "none"):
             raise MethodError(f"vflowopt: recycle must be about, exact or none, not {self.recycle!r}")
         if self.variant not in ("paper", "code"):

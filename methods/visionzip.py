@@ -93,18 +93,20 @@ class VisionZip(Method):
             part = torch.cat([token, mine[found[0]]]), mine[:new], hidden[tile][:new], mine[found[1]], found[2]
             if share:
                 zipped.setdefault(tile if group is None else int(group[mine[0]]), []).append(part)
-        order, slots, values, added = [], [], [features[:0]], []
+        chosen: list[torch.Tensor] = []
+        slots: list[int] = []
+        values, added = [features[:0]], []
         for parts in zipped.values():
             dominant, lent, classes, targets, merged = (torch.cat(part) for part in zip(*parts, strict=True))
             whole = [(lent, classes, True), (dominant.sort().values, None, False), (targets, merged, False)]
             for index, made, new in whole if len(parts) == 1 else (whole[1], whole[0], whole[2]):
                 if made is not None and len(index):
-                    place = sum(map(len, order))
+                    place = sum(map(len, chosen))
                     slots += range(place, place + len(index))
                     values.append(made)
                     added += [new] * len(index)
-                order.append(index)
-        order = torch.cat(order)
+                chosen.append(index)
+        order = torch.cat(chosen)
         if blocks:
             order, back = order.sort()
             slots = torch.argsort(back)[slots].tolist()

@@ -119,10 +119,9 @@ def _table() -> dict[str, Benchmark]:
                 own["folders"], own["parts"] = list(own["parts"].values()), list(own["parts"])
             rows[name] = {**base, **own, "edition": edition}
     tuples = ("keys", "parts", "folders", "group", "columns", "images")
-    return {
-        name: Benchmark(name=name, **{key: tuple(value) if key in tuples else value for key, value in row.items()})
-        for name, row in rows.items()
-    }
+    for row in rows.values():
+        row |= {key: tuple(row[key]) for key in tuples if key in row}
+    return {name: Benchmark(name=name, **row) for name, row in rows.items()}
 
 
 @cache
