@@ -31,10 +31,12 @@ measure: setup  ## what METHOD= costs on MODEL=, from dimensions; also KEEP= ARG
 check: setup  ## prove the engine's promises for every method on every family
 	@$(BIN)/pruneval check --all
 
-bench: setup  ## measure speed on this CPU: a mid-size random model, then scoring rows against full attention maps
+bench: setup  ## measure speed on this CPU: methods, scoring rows, questions/s beside lmms-eval's wrapper, a sweep
 	@$(BIN)/pruneval bench --model llava-1.5-7b --no-weights --width 0.125 --depth 0.5 --device cpu --keep 0.5 0.25 0.1 \
 	  $(foreach method,fastv pdrop visionzip sparsevlm random,--method $(method)) --out $(MEASURED)/cpu.json $(ARGS)
 	@$(BIN)/python tests/bench_scoring.py --tokens 4096 8192 --out $(MEASURED)/cpu-scoring.json
+	@$(BIN)/python tests/bench_throughput.py --out $(MEASURED)/throughput.json
+	@$(BIN)/python tests/bench_sweep.py --out $(MEASURED)/sweep.json
 
 GPU_BENCH := $(BIN)/pruneval bench --no-weights --device cuda --dtype bfloat16 --keep 0.5 0.25 0.1 --batch 1 8
 
