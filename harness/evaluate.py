@@ -6,15 +6,16 @@ lmms-eval takes 10 to 20 seconds to import, so it is imported inside the functio
 from __future__ import annotations
 
 import tempfile
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pruneval.harness.errors import UserError
+from pruneval.harness.errors import SampleFailure, UserError
 from pruneval.harness.guards import refuse
 from pruneval.harness.judge import configured, judging, lacking
-from pruneval.harness.lmms_task import build_tasks, quiet, whole_groups
+from pruneval.harness.lmms_task import build_tasks, quiet, unreadable, whole_groups
 from pruneval.harness.outcome import Outcome, Part, outcome
 from pruneval.harness.spec import FRAMES
 from pruneval.tasks import Benchmark
@@ -50,7 +51,7 @@ def evaluate(
         on_progress: called as (done, total).
 
     Raises:
-        UserError: the data cannot be loaded, or the limit leaves nothing to score.
+        UserError: the data cannot be loaded or scored, or the limit leaves nothing to score.
         SampleFailure: a question could not be answered; nothing is scored.
     """
     judge = configured() if benchmark.judge else None
@@ -93,9 +94,13 @@ def evaluate(
                     cli_args=arguments,
                     process_docs_parallel=1,
                 )
-            except RetryError as error:
-                cause = error.last_attempt.exception()
-                raise RuntimeError(f"scoring {benchmark.name} failed: {type(cause).__name__}: {cause}") from cause
+            except (UserError, SampleFailure, OSError):
+                raise
+            except Exception as error:
+                if _answering(error):
+                    raise
+                cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+                raise unreadable(benchmark, cause) from cause
         parts = [
             Part(
                 task.config.task,
@@ -108,6 +113,14 @@ def evaluate(
         for part in parts:
             refuse(benchmark, part.logged)
         return replace(outcome(parts, lm.rows, benchmark), batch_size=lm.batched)
+
+
+def _answering(error: BaseException) -> bool:
+    """Whether it was raised while answers were made, which is no matter of the rows."""
+    from pruneval.harness.lmms_model import PrunevalModel
+
+    answering = PrunevalModel.generate_until.__code__
+    return any(frame.f_code is answering for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def preview(benchmark: Benchmark, loaded: Any, limit: int | None = None) -> list[str]:

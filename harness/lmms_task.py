@@ -29,7 +29,7 @@ def build_tasks(benchmark: Benchmark) -> list[Any]:
     """lmms-eval's task, or one per part of the benchmark; only the data and what `guards` mends is ours.
 
     Raises:
-        UserError: the data set is missing, or could not be loaded.
+        UserError: the data set is missing, could not be loaded, or has other rows than the task reads.
         SampleFailure: the first row's image is unreadable (lmms-eval reads it while building).
     """
     with quiet():
@@ -47,15 +47,28 @@ def build_tasks(benchmark: Benchmark) -> list[Any]:
                     f"benchmark {benchmark.name!r}: the data set {benchmark.dataset!r} could not be loaded "
                     f"({type(cause).__name__}: {' '.join(str(cause).split())[:200]}); `pruneval data check` tells more"
                 ) from cause
+            except UserError:
+                raise
             except (OSError, SyntaxError, ValueError) as error:
                 raise SampleFailure(f"{name}/0", f"{type(error).__name__}: {error}") from error
+            except Exception as error:
+                raise unreadable(benchmark, error) from error
         return tasks
+
+
+def unreadable(benchmark: Benchmark, cause: BaseException) -> UserError:
+    """The line for rows that lmms-eval's task cannot make questions of, or cannot score."""
+    return UserError(
+        f"benchmark {benchmark.name!r}: lmms-eval's task {benchmark.task!r} cannot read or score its rows "
+        f"({type(cause).__name__}: {' '.join(str(cause).split())[:200]}); are they those of {benchmark.dataset!r}?"
+    )
 
 
 @functools.cache
 def task_files() -> dict[str, Path]:
     """The YAML files by task, installed and ours. lmms-eval's own index parses 2,000 files, which takes seconds."""
     spec = importlib.util.find_spec("lmms_eval")  # importing it takes seconds
+    assert spec is not None  # it is a dependency
     found: dict[str, Path] = {}
     for folder in (Path(str(spec.origin)).parent / "tasks", OWN):
         for path in sorted(folder.rglob("*.yaml")):
