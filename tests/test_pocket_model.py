@@ -48,7 +48,7 @@ def test_it_is_small_and_says_what_it_is() -> None:
 
 
 def test_the_committed_tokenizer_is_the_one_the_code_builds(loaded: Loaded) -> None:
-    assert loaded[1].tokenizer.get_vocab() == build.tokenizer().get_vocab()
+    assert loaded[1].tokenizer.get_vocab() == build.own_tokenizer().get_vocab()
 
 
 def test_the_prompt_is_the_one_it_was_trained_on(loaded: Loaded) -> None:

@@ -43,6 +43,10 @@ POLISH = language.Course(
 """A last course with fresh images, on what is learned last (counting) and without any background in many steps."""
 
 
+BLEND = (0.25, 0.375, 0.375)
+"""Shares of the weights before `prompted.COURSES` and after each of them, in the mean that is the model."""
+
+
 class Journal:
     """Prints figures and keeps them, one JSON object a line, for the training curve."""
 
@@ -58,6 +62,11 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+
+def blend(states: list[dict[str, torch.Tensor]], shares: tuple[float, ...]) -> dict[str, torch.Tensor]:
+    """Weighted mean of weights."""
+    return {name: sum(share * state[name] for share, state in zip(shares, states, strict=True)) for name in states[0]}
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
@@ -95,11 +104,12 @@ def train(out: Path, work: Path) -> None:
     torch.manual_seed(SEED + 2)
     processor = build.processor()
     model = build.widened(model)
+    start = {name: weight.clone() for name, weight in model.state_dict().items()}
     if not (work / "prompts.pt").exists():
         save(model, processor, work / "polished")
         journal({"stage": "editions", "when": "before", "scores": scores.measure(work / "polished", work / "before")})
-    for course, seed in zip(prompted.COURSES, (SEED + 11, SEED + 13), strict=True):
-        prompted.teach(model, processor.tokenizer, work, course, seed, journal)
+    for last, seed in zip(prompted.COURSES, (SEED + 11, SEED + 13), strict=True):
+        prompted.teach(model, processor.tokenizer, work, last, seed, journal)
     save(model, processor, out)
     journal({"stage": "editions", "when": "after", "scores": scores.measure(out, work / "after")})
     finish(out, journal)
@@ -123,6 +133,7 @@ def finish(out: Path, journal: Journal) -> None:
         "prompts_steps": prompted.COURSES[0].steps, "prompts_scenes": prompted.COURSES[0].size,
         "prompts_albums": prompted.COURSES[0].beside, "letters_steps": prompted.COURSES[1].steps,
         "new_words": len(build.GLOSSES),
+        "blend": ", ".join(str(share) for share in BLEND),
     }  # fmt: skip
     card.write(out, figures, journal.read(), facts)
 
