@@ -13,8 +13,8 @@ from pruneval.reports.table import BEST, SECOND, Cell, Column, Row, Table
 STYLES = {BEST: "<b>{}</b>", SECOND: "<u>{}</u>", "": "{}"}
 BREAKS = ",|/=("
 """A long name may go on in the next line behind these signs."""
-WIDE, LONG = 10, 8
-"""In tables with more columns what follows a number stands below it, and headings of more letters stand upright."""
+LONG = 8
+"""In a wide table headings of more letters stand upright."""
 
 HALF = 520
 """Points: what half a page has room for without making a figure's letters much smaller."""
@@ -71,7 +71,7 @@ def _table(at: int, table: Table) -> str:
 
 
 def _shape(table: Table) -> str:
-    if len(table.columns) <= WIDE:
+    if not table.wide:
         return ""
     upright = any(len(column.heading) > LONG or column.unit for column in table.columns)
     return f' class="wide{" upright" * upright}"'
@@ -83,13 +83,11 @@ def _head(table: Table, badge: str) -> str:
         groups = [(group, len(list(among))) for group, among in groupby(table.columns, key=lambda column: column.group)]
         cells = "".join(f'<th colspan="{width}" class="group">{escape(group)}</th>' for group, width in groups)
         over = f"<tr><td></td>{cells}</tr>\n"
-    names = "".join(map(_heading, table.columns))
+    names = "".join(_heading(table.name(column), column) for column in table.columns)
     return f'{over}<tr><th scope="col" class="label" data-sort>{escape(table.head)}{badge}</th>{names}</tr>\n'
 
 
-def _heading(column: Column) -> str:
-    """The name over its unit; the badge beside the table's head says "pocket" for all of them."""
-    name = column.heading.replace(" (pocket)", "").replace(", pocket", "")
+def _heading(name: str, column: Column) -> str:
     unit = f"<small>{escape(column.unit)}</small>" if column.unit else ""
     return f'<th scope="col" title="{escape(column.whole)}" data-sort><span>{escape(name)}{unit}</span></th>'
 
@@ -109,8 +107,7 @@ def _label(text: str) -> str:
 
 
 def _cell(cell: Cell, notes: dict[str, int], at: int) -> str:
-    parted = cell.value is not None or " / " in cell.text
-    number, _, rest = cell.text.partition(" ") if parted else (cell.text, "", "")
+    number, rest = cell.parted
     value = "" if cell.value is None else f' data-value="{cell.value!r}"'
     behind = _behind(cell)
     hover = f' title="{escape(behind)}"' if behind else ""

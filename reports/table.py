@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 BEST, SECOND = "best", "second"
+WIDE = 10
+"""Tables with more columns are set closer: what follows a number stands below it, long headings stand upright."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,14 @@ class Cell:
     """What was run, for all of these numbers; for a published number its source."""
     runs: tuple[str, ...] = ()
     """The folders of the records this number was worked out from."""
+
+    @property
+    def parted(self) -> tuple[str, str]:
+        """The number, and what follows it: its error, its interval, "of 144", "/ 61.9"."""
+        if self.value is None and " / " not in self.text:
+            return self.text, ""
+        number, _, rest = self.text.partition(" ")
+        return number, rest
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,15 @@ class Table:
         for row in self.rows:
             if len(row.cells) != len(self.columns):
                 raise ValueError(f"row {row.label!r} has {len(row.cells)} cells for {len(self.columns)} columns")
+
+    @property
+    def wide(self) -> bool:
+        """Whether it has to be set closer."""
+        return len(self.columns) > WIDE
+
+    def name(self, column: Column) -> str:
+        """A column's heading without "pocket", for where the whole table is marked with it."""
+        return column.heading.replace(" (pocket)", "").replace(", pocket", "") if self.pocket else column.heading
 
     @property
     def signatures(self) -> tuple[str, ...]:
