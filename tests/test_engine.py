@@ -361,6 +361,15 @@ def test_wrong_number_of_sample_keys_is_refused():
             model(**tiny.batch(*SAMPLES))
 
 
+def test_a_trace_is_there_from_the_first_prompt_on():
+    model = tiny.shared()
+    with torch.no_grad(), pruned(model, build("random")) as session:
+        with pytest.raises(UserError, match="no prompt has been read"):
+            _ = session.trace
+        model(**tiny.batch(*SAMPLES))
+        assert session.trace.batch == len(SAMPLES)
+
+
 # No trace afterwards
 
 
