@@ -130,7 +130,8 @@ def _on_ray(plans: Sequence[Any], args: argparse.Namespace, ray: Any) -> int:
     from pruneval.harness.waiting import Task
     from pruneval.harness.worker import Setup
 
-    show, tasks, ended, setups = progress(), {}, {}, []
+    show, tasks, setups = progress(), {}, []
+    ended: dict[str, Any] = {}  # records, and cells that were not run
     for number, plan in enumerate(plans):
         for what, reason in plan.refused:
             show.say(f"can't run {what}: {reason}")
