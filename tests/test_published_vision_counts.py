@@ -316,3 +316,15 @@ def test_realised_on_random_models(name, model, tmp_path):
     whole = replace(session.shape, whole=((729,) * 2 if model == OV else (576,) * 2,) * (1 if model == LLAVA else 5))
     if name not in ("gprune", "flowcut"):  # these two count newlines in
         assert method.schedule(whole, visual) == runs(llm)
+
+
+@pytest.mark.parametrize("name, count", [("flowcut", 16), ("tome", 16), ("resize", 16), ("avgpool", 16)])
+def test_frames_are_counted_one_by_one(name, count):
+    """Four frames of 4 x 4 cells and a CLS token, which goes: a quarter of each is four tokens."""
+    one = subjects.subject("video_llava")
+    model, method = one.model("sdpa"), methods.build(name, {"keep": 0.25})
+    with torch.no_grad(), pruned(model, method) as session:
+        model(**one.samples[1])
+    budget = session.trace.budget(0)
+    assert budget.visual == 68 and budget.per_layer == [count] * session.shape.layers
+    assert method.schedule(replace(session.shape, whole=((16, 16),) * 4), 68) == budget.per_layer
