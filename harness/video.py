@@ -71,7 +71,8 @@ def _count(file: Any, stream: Any) -> int:
 
 
 def _all(file: Any, stream: Any, wanted: list[int], rate: float) -> list[np.ndarray]:
-    last, kept = max(wanted, default=-1), {}
+    last = max(wanted, default=-1)
+    kept: dict[int, np.ndarray] = {}
     for index, frame in enumerate(file.decode(stream)):
         if index in set(wanted):
             kept[index] = frame.to_ndarray(format="rgb24")
@@ -79,7 +80,8 @@ def _all(file: Any, stream: Any, wanted: list[int], rate: float) -> list[np.ndar
             break
     # A header may promise a frame or two more than there are: the last one there is stands in for them.
     final = kept.get(max(kept)) if kept and last - max(kept) <= 2 else None
-    return [kept.get(index, final) for index in wanted if index in kept or final is not None]
+    found = (kept.get(index, final) for index in wanted)
+    return [frame for frame in found if frame is not None]
 
 
 def _sought(file: Any, stream: Any, wanted: list[int], rate: float) -> list[np.ndarray]:

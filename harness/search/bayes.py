@@ -64,19 +64,19 @@ class Study:
             on_trial: called with every trial, also with those the journal already has.
         """
         import optuna
-        from optuna.distributions import FloatDistribution
+        from optuna.distributions import BaseDistribution, FloatDistribution
         from optuna.trial import TrialState
 
         study = optuna.create_study(
             storage=self.storage, study_name=name, direction="maximize", load_if_exists=True, sampler=_at({}, 0)
         )
-        for trial in study.get_trials(states=(TrialState.RUNNING,)):  # what a killed search left
-            study.tell(trial.number, state=TrialState.FAIL)
+        for left in study.get_trials(states=(TrialState.RUNNING,)):  # by a killed search
+            study.tell(left.number, state=TrialState.FAIL)
         past = study.get_trials(states=(TrialState.COMPLETE,))
-        done = [Trial(dict(trial.params), trial.value, dict(trial.user_attrs)) for trial in past]
-        for trial in done:
-            on_trial(trial)
-        free = {key: FloatDistribution(low, high) for key, (low, high) in space.items()}
+        done = [Trial(dict(one.params), one.value, dict(one.user_attrs)) for one in past if one.value is not None]
+        for known in done:
+            on_trial(known)
+        free: dict[str, BaseDistribution] = {key: FloatDistribution(low, high) for key, (low, high) in space.items()}
         while len(done) < trials:
             fixed = dict(first[len(done)]) if len(done) < len(first) else {}
             study.sampler = _at(fixed, self._seed(name, len(done)))

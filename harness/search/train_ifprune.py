@@ -10,7 +10,6 @@ in it.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +84,7 @@ class Trainer:
         scale = self.settings.alpha / self.settings.rank
         found = {name: one.detach().float().cpu().contiguous() for name, one in self.tensors.items()}
         for name, weight in self.lora.items():
-            layer, end = re.fullmatch(r"(.+)\.lora_([AB])\.default\.weight", name).groups()
+            layer, end = name.removesuffix(".default.weight").rsplit(".lora_", 1)
             down = end == "A"
             value = weight.detach().float() if down else weight.detach().float().T * scale
             found[f"lora.{layer}.{'down' if down else 'up'}"] = value.cpu().contiguous()
