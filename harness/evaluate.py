@@ -99,7 +99,7 @@ def evaluate(
             except Exception as error:
                 if _answering(error):
                     raise
-                cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+                cause = (error.last_attempt.exception() if isinstance(error, RetryError) else None) or error
                 raise unreadable(benchmark, cause) from cause
         parts = [
             Part(
