@@ -10,6 +10,7 @@ from typing import Any
 
 from pruneval import methods
 from pruneval.harness import data, interrupt, judge, models
+from pruneval.harness.batching import BatchSize
 from pruneval.harness.errors import UserError, unknown
 from pruneval.harness.progress import Progress, progress
 from pruneval.harness.records import RunRecord, StorageError
@@ -121,7 +122,7 @@ def run_cells(
     out: Path,
     load: Callable[[], models.LoadedModel],
     *,
-    batch_size: int = 8,
+    batch_size: BatchSize = 8,
     evaluate: Callable[..., Any] | None = None,
     show: Progress | None = None,
     keep_going: bool = False,

@@ -21,6 +21,7 @@ from pruneval.harness.records import Journal, RecordError, RunRecord, StorageErr
 from pruneval.harness.spec import RunSpec
 
 if TYPE_CHECKING:
+    from pruneval.harness.batching import BatchSize
     from pruneval.harness.run import Cell
 
 BUDGETS = ("visual_tokens", "avg_in", "kept_after", "final", "keep", "early")
@@ -50,7 +51,7 @@ class Runner:
         out: Path,
         load: Callable[[], models.LoadedModel],
         *,
-        batch_size: int = 8,
+        batch_size: BatchSize = 8,
         evaluate: Callable[..., Any] | None = None,
         show: Progress | None = None,
     ) -> None:
@@ -122,7 +123,7 @@ def _run(
     cell: Cell,
     folder: Path,
     loaded: models.LoadedModel,
-    batch_size: int,
+    batch_size: BatchSize,
     evaluate: Callable[..., Any],
     show: Progress,
     title: str,

@@ -18,6 +18,7 @@ from pruneval.harness.errors import UserError
 from pruneval.harness.progress import Progress
 
 if TYPE_CHECKING:
+    from pruneval.harness.batching import BatchSize
     from pruneval.harness.models import LoadedModel, Located
     from pruneval.harness.records import RunRecord
     from pruneval.harness.run import Cell
@@ -39,7 +40,7 @@ class Setup:
     kernel: str
     out: Path
     """Absolute; every machine must see it."""
-    batch_size: int
+    batch_size: BatchSize
     reuse: bool
     """Whether image features are computed once per batch."""
     folder: str = field(default_factory=os.getcwd)
