@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -234,9 +235,7 @@ def test_under_two_seconds_and_without_torch():
         "import sys; from pruneval.harness import measure; measure.implied('llava-1.5-7b', 'fastv', {'keep': '0.5'});"
         "sys.exit('torch' in sys.modules)"
     )
-    seconds = []
-    for _ in range(3):  # the best of three: other work on the machine is not what is tested
-        start = time.perf_counter()
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # other work on the machine is not what is tested
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
