@@ -7,7 +7,6 @@ Used by `harness/evaluate.py`, and by lmms-eval's own command line through the e
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +29,9 @@ from pruneval.harness.generation import (
     positive,
     settled,
 )
-from pruneval.harness.preparing import Prepared, collate, prepare, store_of
+from pruneval.harness.preparing import Prepared, Preparing, collate
 from pruneval.harness.reuse import serving, shared
 from pruneval.harness.spec import FRAMES
-from pruneval.harness.video import read
 
 WITHIN = 2**28
 """Bytes of image features kept within one evaluation."""
@@ -131,6 +129,7 @@ class PrunevalModel(lmms):
         self.on_progress = on_progress or (lambda done, total: None)
         self.halved: int | None = None
         """The largest batch since one did not fit into memory."""
+        self.preparing = Preparing(self.loaded, self.frames, self._chat)
         self.automatic = batching.Automatic(getattr(self.loaded, "device", torch.device("cpu")))
         self.rows: dict[str, dict[str, Any]] = {}
         """What happened to each request, by key."""
@@ -193,37 +192,16 @@ class PrunevalModel(lmms):
     def _batches(self, waiting: list[_Request]) -> Iterator[list[_Request]]:
         """Requests that go together, prepared; the next batch is chosen when the one before has been answered."""
         for window in batching.windows(waiting, self.batch_size):
-            for batch in batching.batches(window, self._measure, self._size):
+            self.preparing.ready(window)
+            for batch in batching.batches(window, self.preparing.measure, self._size):
                 yield batch
-                self.automatic.saw(sum(self._measure(request)[1] for request in batch))
+                self.automatic.saw(sum(self.preparing.measure(request)[1] for request in batch))
                 for request in batch:
                     request.prepared = None
 
     def _size(self, tokens: int) -> int:
         found = self.automatic.size(tokens) if self.batch_size == batching.AUTO else self.batch_size
         return min(found, self.halved or found)
-
-    def _measure(self, request: _Request) -> tuple[int, int]:
-        """Images and videos of a request, and tokens. Raises: SampleFailure."""
-        try:
-            prepared = self._prepare(request)
-        except UserError:
-            raise
-        except Exception as error:
-            raise SampleFailure(request.key, one_line(error)) from error
-        return prepared.shown, prepared.tokens
-
-    def _prepare(self, request: _Request) -> Prepared:
-        if request.prepared is None:
-            key = (request.data, request.key, request.digest, self.frames)
-            make = functools.partial(self._processed, request)
-            request.prepared = store_of(self.loaded.processor).get(key, make) if request.data else make()
-        return request.prepared
-
-    def _processed(self, request: _Request) -> Prepared:
-        text, images, paths = self._chat(request)
-        clips = [read(path, self.frames) for path in paths]
-        return prepare(self.loaded.processor, text, images, clips, self.loaded.entry.name if clips else "")
 
     def _chat(self, request: _Request) -> tuple[str, list[Any], list[str]]:
         """The chat text, and images and videos in the order of their placeholders."""
@@ -285,7 +263,7 @@ class PrunevalModel(lmms):
         return self._answer(batch, session)
 
     def _generate(self, batch: list[_Request], session: Any) -> list[dict[str, Any]]:
-        prepared = [self._prepare(request) for request in batch]
+        prepared = [self.preparing.of(request) for request in batch]
         model, tokenizer = self.loaded.model, self.loaded.processor.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         inputs = {

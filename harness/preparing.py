@@ -7,6 +7,7 @@ the left, pixels one after another, exactly as the processor does with several q
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -18,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from pruneval.harness.errors import UserError
-from pruneval.harness.generation import picture_digest
-from pruneval.harness.video import Clip
+from pruneval.harness.errors import SampleFailure, UserError
+from pruneval.harness.generation import one_line, picture_digest
+from pruneval.harness.video import Clip, read
 
 MEMORY = 2**29
 """Bytes of prepared questions kept for each processor."""
@@ -59,6 +60,9 @@ class Store:
         self.limit, self.size = limit, 0
         self._kept: OrderedDict[Hashable, Prepared] = OrderedDict()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._kept
+
     def get(self, key: Hashable, make: Callable[[], Prepared]) -> Prepared:
         """What is kept under `key`, or what `make()` gives."""
         if key in self._kept:
@@ -84,6 +88,58 @@ def forget(processor: Any) -> None:
     _STORES.pop(processor, None)
 
 
+class Preparing:
+    """Prepares requests for one model, and lets its processor's store know them.
+
+    Args:
+        loaded: the model, with `processor` and `entry`.
+        frames: of each video.
+        chat: a request's text in the chat template, its images and the paths of its videos.
+    """
+
+    def __init__(self, loaded: Any, frames: int, chat: Callable[[Any], tuple[str, list[Any], list[str]]]) -> None:
+        self.loaded, self.frames, self.chat = loaded, frames, chat
+
+    def of(self, request: Any) -> Prepared:
+        """The request as the model gets it; the request holds it from now on."""
+        if request.prepared is None:
+            request.prepared = self._kept(request, lambda: self._alone(request))
+        return request.prepared
+
+    def measure(self, request: Any) -> tuple[int, int]:
+        """Images and videos of a request, and tokens."""
+        prepared = self.of(request)
+        return prepared.shown, prepared.tokens
+
+    def ready(self, window: Sequence[Any]) -> None:
+        """Prepares requests, at once where the processor allows it. Raises: SampleFailure, UserError."""
+        new = [request for request in window if self._key(request) not in store_of(self.loaded.processor)]
+        with contextlib.suppress(Exception):  # whose fault it is shows when they are prepared one by one
+            chats = [self.chat(request) for request in new]
+            if len(new) > 1 and not any(paths for _, _, paths in chats):
+                texts, images, _ = zip(*chats, strict=True)
+                for request, made in zip(new, together(self.loaded.processor, texts, images) or (), strict=False):
+                    request.prepared = self._kept(request, lambda made=made: made)
+        for request in window:
+            try:
+                self.of(request)
+            except UserError:
+                raise
+            except Exception as error:
+                raise SampleFailure(request.key, one_line(error)) from error
+
+    def _alone(self, request: Any) -> Prepared:
+        text, images, paths = self.chat(request)
+        clips = [read(path, self.frames) for path in paths]
+        return prepare(self.loaded.processor, text, images, clips, self.loaded.entry.name if clips else "")
+
+    def _kept(self, request: Any, make: Callable[[], Prepared]) -> Prepared:
+        return store_of(self.loaded.processor).get(self._key(request), make) if request.data else make()
+
+    def _key(self, request: Any) -> Hashable:
+        return request.data, request.key, request.digest, self.frames
+
+
 def prepare(processor: Any, text: str, images: Sequence[Any], clips: Sequence[Clip], model: str = "") -> Prepared:
     """One question through the model's processor.
 
@@ -98,6 +154,31 @@ def prepare(processor: Any, text: str, images: Sequence[Any], clips: Sequence[Cl
     made = processor(images=list(images) or None, text=[text], return_tensors="pt", **videos(processor, clips, model))
     frames = [Image.fromarray(frame) for clip in clips for frame in clip.frames]
     return Prepared(text, dict(made), picture_digest([*images, *frames]), len(images) + len(clips))
+
+
+def together(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]]) -> list[Prepared] | None:
+    """Several questions through the processor at once, which costs less than one by one.
+
+    None where its output cannot be taken apart again: where an image does not have exactly one row of pixels (tiles,
+    packed patches).
+    """
+    shown = [image for each in images for image in each]
+    made = dict(
+        processor(images=shown or None, text=list(texts), padding=True, padding_side="left", return_tensors="pt")
+    )
+    rest = [part for name, part in made.items() if name not in TEXT]
+    if any(len(part) != len(shown) or part.dim() > 4 for part in rest):
+        return None
+    found, start = [], 0
+    for row, (text, each) in enumerate(zip(texts, images, strict=True)):
+        first = int((made["attention_mask"][row] == 0).sum())
+        tensors = {name: part[row : row + 1, first:].clone() for name, part in made.items() if name in TEXT}
+        if each:
+            stop = start + len(each)
+            tensors |= {name: part[start:stop].clone() for name, part in made.items() if name not in TEXT}
+            start = stop
+        found.append(Prepared(text, tensors, picture_digest(list(each)), len(each)))
+    return found
 
 
 def videos(processor: Any, clips: Sequence[Clip], model: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pruneval import tasks
-from pruneval.harness import lmms_model
+from pruneval.harness import lmms_model, preparing
 from pruneval.harness.evaluate import evaluate
 from pruneval.harness.outcome import Outcome
 from pruneval.tasks.pocket import editions
@@ -19,7 +19,8 @@ drawn = functools.cache(editions.rows)
 
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Questions are not prepared for a model: there is none."""
-    monkeypatch.setattr(lmms_model.PrunevalModel, "_measure", lambda self, request: (1, len(request.context)))
+    monkeypatch.setattr(preparing.Preparing, "ready", lambda self, window: None)
+    monkeypatch.setattr(preparing.Preparing, "measure", lambda self, request: (1, len(request.context)))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, answer: Callable[[dict, int], str], **options: Any) -> Outcome:

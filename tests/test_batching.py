@@ -104,19 +104,24 @@ def test_single_questions_put_together_are_what_the_processor_makes_of_several(n
     assert set(found) == set(expected)
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+    at_once = preparing.together(processor, texts, shown)
+    assert (at_once is None) == (name == "pocket-onevision")
+    for one, alone in zip(at_once or single, single, strict=True):
+        assert (one.text, one.picture, one.shown) == (alone.text, alone.picture, alone.shown)
+        assert all(torch.equal(one.tensors[key], value) for key, value in alone.tensors.items())
     assert [one.shown for one in single] == [1, 1, 1, 2, 1] and len({one.picture for one in single}) == 5
     assert max(one.tokens for one in single) == expected["input_ids"].shape[1]
 
 
 def test_a_question_is_prepared_once_whatever_asks_it(monkeypatch: pytest.MonkeyPatch):
     loaded, made = tiny_llava.loaded(), []
-    real = preparing.prepare
+    real = preparing.together
 
-    def counted(*args):
-        made.append(args)
-        return real(*args)
+    def counted(processor, texts, images):
+        made.extend(texts)
+        return real(processor, texts, images)
 
-    monkeypatch.setattr("pruneval.harness.lmms_model.prepare", counted)
+    monkeypatch.setattr("pruneval.harness.preparing.together", counted)
     answers = []
     for size in (2, 3):
         model = PrunevalModel(loaded, batch_size=size)
