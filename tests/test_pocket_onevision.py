@@ -28,10 +28,10 @@ NUMBER = 40
 """Images, and clips: enough for the margins below, few enough to be quick."""
 MAIN = {"image": SKILLS, "clip": [f"video {skill}" for skill in clips.SKILLS]}
 LEAST = {
-    "image": {"shape": 0.9, "colour": 0.9, "existence": 0.85, "digit": 0.9, "count": 0.5},
-    "clip": {"video moved": 0.4, "video count": 0.5},
+    "image": {"shape": 0.9, "colour": 0.9, "existence": 0.85, "digit": 0.9, "position": 0.85, "count": 0.6},
+    "clip": {"video moved": 0.6, "video direction": 0.85, "video order": 0.5, "video count": 0.8},
 }
-"""Where things are, which way they move and in which order they appear is not learned yet, see the card."""
+"""Below the card's figures by what forty of each leave to chance."""
 
 Loaded = tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor]
 Tables = dict[str, dict[str, dict[str, float]]]
@@ -135,6 +135,11 @@ def test_right_answers_are_those_that_generate_gives(loaded: Loaded) -> None:
 @pytest.mark.parametrize("kind, skill", [(kind, skill) for kind, least in LEAST.items() for skill in least])
 def test_it_answers(tables: Tables, kind: str, skill: str) -> None:
     assert tables[kind]["all tokens"][skill] >= LEAST[kind][skill]
+
+
+@pytest.mark.parametrize(("kind", "least"), [("image", 0.9), ("clip", 0.8)])
+def test_it_answers_most_questions(tables: Tables, kind: str, least: float) -> None:
+    assert mean(tables[kind]["all tokens"]) >= least
 
 
 @pytest.mark.parametrize("kind", ["image", "clip"])

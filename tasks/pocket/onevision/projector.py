@@ -126,4 +126,4 @@ def put_places_back(model: Model, writer: Writer, images: Pool, steps: int, seed
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    log({"stage": "places", "step": steps, "loss": loss.item()})
+    log({"stage": "projector", "step": steps, "loss": loss.item()})
