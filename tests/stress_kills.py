@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,12 @@ class Stress:
 
     def run(self) -> str:
         """Kill until there are enough; returns a line of numbers. Raises: AssertionError."""
-        if self.engine == "ray":
-            self.measure("ray")
         while len(self.made) < self.kills:
             self.rounds += 1
-            self._into(self.folder / f"killed-{self.rounds}")
+            self._into(self.folder / f"killed-{self.engine}-{self.rounds}")
             self._round()
             self._check()
+            self.say(f"sweep {self.rounds}: as undisturbed, after {len(self.made)} kills in all")
         loading = sum(batches == 0 for _, batches in self.made)
         return (
             f"{self.engine}: {len(self.made)} kills ({loading} before an answer was kept) in {self.rounds} sweeps of "
@@ -265,7 +264,11 @@ def main() -> int:
             Path(name), args.engine, args.kills, args.limit, args.seed, lambda text: print(text, flush=True)
         )
         stress.measure("serial")
-        with connected(None) if args.engine == "ray" else nullcontext():
+        if args.engine == "serial":
+            print(stress.run())
+            return 0
+        with connected(None):
+            stress.measure("ray")
             print(stress.run())
     return 0
 
