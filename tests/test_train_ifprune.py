@@ -86,7 +86,7 @@ def test_what_it_writes_is_what_the_method_reads(trained, tmp_path):
     one, path = trained[0], tmp_path / "ifprune.safetensors"
     save_file(one.weights(), path)
     loaded = models.load("pocket-llava", "cpu", "float32", None)
-    method = methods.build("ifprune", {"helper": "pocket-llava", "checkpoint": str(path), "keep": 0.1})
+    method = methods.build("ifprune", {"helper": "pocket-llava", "checkpoint": str(path), "keep": 0.04})
     scores = []
 
     class Keeps(type(method)):
@@ -120,3 +120,61 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert cli.main(["train", "ifprune", *argv]) == 2
         err = capsys.readouterr().err
         assert message in err and "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def helped():
+    """pocket-llava with another copy of itself as helper: model, processor and adapter."""
+    from pruneval.harness.adapters import adapter_for
+
+    large, small = (models.load("pocket-llava", "cpu", "float32", None) for _ in range(2))
+    return (
+        large.model,
+        large.processor,
+        adapter_for(large.model, large.processor, helper=(small.model, small.processor)),
+    )
+
+
+def test_the_shipped_helper_keeps_what_is_asked_about(helped):
+    """With five tokens left, patches of the thing in question stay more often than those of other things."""
+    import numpy as np
+    from PIL import Image
+
+    from pruneval.tasks.pocket import prompts
+    from pruneval.tasks.pocket.questions import ask
+    from pruneval.tasks.pocket.world import draw, patches, render
+
+    model, processor, adapter = helped
+    method = methods.build("ifprune", {"checkpoint": "pocket-llava", "keep": 0.04})
+    asked, other = [], []
+    for seed in range(24):
+        rng = np.random.default_rng([51, seed])
+        scene = draw(rng, "test")
+        question = ask(scene, rng, "colour")
+        if question is None or len(scene.things) < 3:
+            continue
+        text = chat(processor, prompts.gqa(question))
+        inputs = processor(images=[Image.fromarray(render(scene))], text=[text], return_tensors="pt")
+        with torch.no_grad(), pruned(model, method, adapter=adapter) as session:
+            model(**inputs)
+        tokens = session.trace.entering(0).samples[0]
+        first = int(adapter.visual_mask(inputs["input_ids"][0]).nonzero()[0, 0])
+        kept = {int(origin) - first for origin in tokens.origin[tokens.visual]}
+        assert len(kept) == 5
+        for i, thing in enumerate(scene.things):
+            share = len(kept & set(patches(thing))) / len(patches(thing))
+            (asked if i in question.evidence else other).append(share)
+    assert len(asked) >= 8
+    assert sum(asked) / len(asked) > sum(other) / len(other) + 0.1
+
+
+def test_the_shipped_helper_beats_chance_at_a_tenth(helped, tmp_path, capsys):
+    from pruneval.harness.records import read_records
+
+    for method, given in (("ifprune", ["helper=pocket-llava", "checkpoint=pocket-llava"]), ("random", [])):
+        sets = [word for each in [*given, "keep=0.1"] for word in ("--set", each)]
+        assert cli.main(["eval", "--model", "pocket-llava", "--method", method, *sets, "--benchmark", "pocket-gqa",
+                         "--limit", "40", "--out", str(tmp_path)]) == 0  # fmt: skip
+    capsys.readouterr()
+    scores = {r.spec.method: next(iter(r.scores.values()))["value"] for r in read_records(tmp_path)}
+    assert scores["ifprune"] > scores["random"] + 0.2
