@@ -252,7 +252,9 @@ def small(tmp_path: Path) -> Path:
 def stress(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stress_kills.Stress]:
     """An undisturbed serial sweep, and a place for others."""
     folder = tmp_path_factory.mktemp("stress")
-    with stress_kills.noting(folder):
+    with stress_kills.noting(folder), pytest.MonkeyPatch.context() as patch:
+        # The sweeps are forks of this process, and a fork can't use locks of data that were opened here.
+        patch.setenv("PRUNEVAL_DATA", str(folder / "data"))
         stress_kills.preload()
         one = stress_kills.Stress(folder, "serial", kills=3, limit=4)
         one.measure("serial")

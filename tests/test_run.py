@@ -210,9 +210,15 @@ def test_a_full_disk_stops_with_a_line_and_nothing_half_written(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["cell"]
 
 
+def default_sigint() -> None:
+    """Python's own handler: a shell's background job begins with the signal ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_the_first_interrupt_waits_for_the_batch_and_the_second_does_not(capsys):
     from pruneval.harness import interrupt
 
+    default_sigint()
     with interrupt.graceful():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

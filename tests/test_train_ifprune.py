@@ -86,7 +86,7 @@ def test_what_it_writes_is_what_the_method_reads(trained, tmp_path):
     one, path = trained[0], tmp_path / "ifprune.safetensors"
     save_file(one.weights(), path)
     loaded = models.load("pocket-llava", "cpu", "float32", None)
-    method = methods.build("ifprune", {"helper": "pocket-llava", "checkpoint": str(path), "keep": 0.04})
+    method = methods.build("ifprune", {"helper": "pocket-llava", "checkpoint": str(path), "keep": 0.1})
     scores = []
 
     class Keeps(type(method)):
