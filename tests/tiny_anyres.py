@@ -54,9 +54,7 @@ def processor(family: str) -> Any:
     if family == "llava_onevision":
         size = {"height": 42, "width": 42}
         return LlavaOnevisionProcessor(
-            LlavaOnevisionImageProcessor(
-                size=size, image_grid_pinpoints=OV_PINPOINTS, image_mean=HALF, image_std=HALF
-            ),
+            LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=OV_PINPOINTS, image_mean=HALF, image_std=HALF),
             tokenizer(),
             LlavaOnevisionVideoProcessor(size=size, image_mean=HALF, image_std=HALF),
             num_image_tokens=9,
