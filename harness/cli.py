@@ -193,7 +193,7 @@ def _log(out: Path) -> str:
 def _eval(args: argparse.Namespace) -> int:
     from pruneval.harness import budgets, data_command, dimensions, models, plan, run
     from pruneval.harness.search import recipe
-    from pruneval.tasks import benchmark, suite
+    from pruneval.tasks import benchmark, pocket_suite, suite
 
     data_command.use_root(args)
     names = list(dict.fromkeys(args.benchmark or suite(args.suite or "pocket")))
@@ -206,6 +206,9 @@ def _eval(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder")
     located = models.locate(args.model)
+    if args.suite and located.entry.packaged and (pocket := list(pocket_suite(args.suite))) != names:
+        names = pocket
+        print(f"{located.entry.name} knows the pocket world only: {args.suite} in its pocket editions", file=sys.stderr)
     device, dtype, kernel = models.resolve(located.entry, args.device, args.dtype, args.kernel)
     source = (
         str(located.folder) if located.folder and located.entry.name not in dimensions.names() else located.entry.name

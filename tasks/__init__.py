@@ -157,6 +157,12 @@ def suite(name: str) -> tuple[str, ...]:
     return suite_row(name).benchmarks
 
 
+def pocket_suite(name: str) -> tuple[str, ...]:
+    """A suite for a pocket model: its benchmarks' pocket editions. Raises UserError when there is no such suite."""
+    known = _table()
+    return tuple(f"pocket-{each}" if f"pocket-{each}" in known else each for each in suite(name))
+
+
 def suite_row(name: str) -> Suite:
     """A suite with how its paper averages; raises UserError with the nearest names when there is none."""
     try:

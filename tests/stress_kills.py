@@ -274,11 +274,13 @@ def main() -> int:
 
 
 def preload() -> None:
-    """Import what every start would."""
-    import lmms_eval.evaluator  # noqa: F401
+    """Import what every start would, and leave the process as it was."""
     import transformers.models.llava.modeling_llava  # noqa: F401
 
-    from pruneval.harness import lmms_model, models, study  # noqa: F401
+    from pruneval.harness.lmms_task import quiet
+
+    with quiet():
+        from pruneval.harness import lmms_model, models, study  # noqa: F401
 
 
 if __name__ == "__main__":

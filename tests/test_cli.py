@@ -307,3 +307,14 @@ def test_a_preset_is_a_published_setting_and_set_goes_over_it(capsys):
 def test_budgets_that_make_no_sense_are_refused(capsys, arguments, words):
     model = ["--model", "llava-1.5-7b"]
     assert words in refused(capsys, "measure", *model, "--method", "fastv", "--implied", *arguments)
+
+
+def test_a_pocket_model_runs_a_papers_suite_in_its_pocket_editions(capsys, tmp_path):
+    assert cli.main(["eval", "--method", "fastv", "--suite", "gsearch12", "--dry-run", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "gsearch12 in its pocket editions" in err
+    named = [line.split(":")[0] for line in out.splitlines() if not line.startswith(" ") and ":" in line]
+    assert sum(name.startswith("pocket-") for name in named) == 12
+    assert cli.main(["eval", "--method", "fastv", "--suite", "core5", "--model", "llava-1.5-7b", "--dry-run",
+                     "--out", str(tmp_path)]) in (0, 2)  # fmt: skip
+    assert "pocket-" not in capsys.readouterr().out

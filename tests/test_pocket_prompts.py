@@ -58,8 +58,12 @@ def _short(doc: Doc) -> str:
     return prompts.gqa(_asked(doc["question"]))
 
 
+def _mme(doc: Doc) -> str:
+    return prompts.mme(_asked(doc["question"].removesuffix(prompts.YES_NO)))
+
+
 FORMS: dict[str, Callable[[Doc], str]] = {
-    "pocket-mme": lambda d: prompts.mme(_asked(d["question"].removesuffix(prompts.YES_NO))),
+    "pocket-mme": _mme, "pocket-mme_perception": _mme, "pocket-mme_cognition": _mme,
     "pocket-gqa": _short, "pocket-pope": _short, "pocket-docvqa": _short, "pocket-infovqa": _short,
     "pocket-vqav2": _short, "pocket-textvqa": lambda d: prompts.textvqa(_asked(d["question"])),
     "pocket-scienceqa": lambda d: prompts.scienceqa(_asked(d["question"], d["choices"], d["hint"])),
@@ -75,7 +79,9 @@ FORMS: dict[str, Callable[[Doc], str]] = {
     "pocket-mmvet": lambda d: image_prompts.mmvet(d["question"]), "pocket-llava_bench": lambda d: d["question"],
 }  # fmt: skip
 """What training writes for a row of an edition."""
-VIDEO = {"pocket-videomme", "pocket-mvbench", "pocket-tgif_qa", "pocket-tgif_qa_exact"}
+VIDEO = {"pocket-videomme", "pocket-mvbench"} | {
+    f"pocket-{name}_qa{end}" for name in ("tgif", "msvd", "msrvtt") for end in ("", "_exact")
+}
 
 
 @pytest.fixture(scope="module")
