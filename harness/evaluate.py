@@ -128,17 +128,11 @@ def preview(benchmark: Benchmark, loaded: Any, limit: int | None = None) -> list
     with quiet(), judging(benchmark, None):
         from pruneval.harness.lmms_model import PrunevalModel
 
-        tasks = build_tasks(benchmark)
         lm = PrunevalModel(loaded)
-        found = []
-        for task in tasks:
-            lm.task_dict[task.config.task] = task.dataset
-            task.build_all_requests(limit=limit)
-            found += lm.prompts(task.instances)
-        return found
+        return lm.prompts(instances_of(benchmark, limit, lm))
 
 
-def instances_of(benchmark: Benchmark, count: int, lm: Any) -> list[Any]:
+def instances_of(benchmark: Benchmark, count: int | None, lm: Any) -> list[Any]:
     """lmms-eval's requests of the first questions of every part; `lm` knows the data afterwards."""
     with quiet(), judging(benchmark, None):
         found: list[Any] = []

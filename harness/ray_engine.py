@@ -206,7 +206,8 @@ class Engine:
         busy = [worker for worker in self.workers if worker.task is not None]
         for worker in busy:
             worker.actor.stop.remote()
-        self.ray.wait([worker.result for worker in busy], num_returns=len(busy)) if busy else None
+        if busy:
+            self.ray.wait([worker.result for worker in busy], num_returns=len(busy))
 
     def _dismiss(self, worker: _Worker) -> None:
         worker.shown.close()

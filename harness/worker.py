@@ -42,11 +42,12 @@ class Setup:
     """Absolute; every machine must see it."""
     batch_size: BatchSize
     reuse: bool
-    """Whether image features are computed once per batch."""
+    """Whether image features are kept between cells."""
     folder: str = field(default_factory=os.getcwd)
     """Where relative paths begin."""
     environment: Mapping[str, str] = field(
-        default_factory=lambda: {key: value for key, value in os.environ.items() if key.startswith(INHERITED)}
+        default_factory=lambda: {key: value for key, value in os.environ.items() if key.startswith(INHERITED)},
+        repr=False,  # a judge's key may be in it
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from pruneval import methods
 from pruneval.harness.adapters import adapter_for
 from pruneval.harness.errors import UserError
+from pruneval.harness.promises import fingerprint
 from pruneval.harness.session import pruned
 from pruneval.methods.base import Card, Method, MethodError, Needs, Reduction, Shape, Step
 
@@ -371,21 +372,6 @@ def test_a_trace_is_there_from_the_first_prompt_on():
 
 
 # No trace afterwards
-
-
-def fingerprint(model: torch.nn.Module) -> list[Any]:
-    """Everything a session touches."""
-    return [
-        (
-            name,
-            [list(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks)],
-            sorted(key for key, value in module.__dict__.items() if callable(value) and not key.startswith("_")),
-            id(getattr(module, "config", None)),
-            getattr(getattr(module, "config", None), "_attn_implementation", None),
-            module.forward,
-        )
-        for name, module in model.named_modules()
-    ]
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -106,7 +106,7 @@ def test_prompts_and_counts_are_those_of_training(loaded: Loaded, kind: str, cou
     question, prompt = next(iter(item.asked.values()))
     made = inputs(processor, kind, item, prompt)
     writer = packing.Writer(processor.tokenizer)
-    row = writer.sequences(kind, [[writer.asked(prompt, question.answer)]], np.arange(count)[None], None)
+    row = writer.sequences(kind, [[writer.block(prompt, question.answer)]], np.arange(count)[None], None)
     length = made["input_ids"].shape[1]
     assert made["input_ids"][0].tolist() == row.ids[0, :length].tolist()
     assert processor.tokenizer.unk_token_id not in made["input_ids"]

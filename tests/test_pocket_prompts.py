@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from pruneval import tasks
 from pruneval.harness.evaluate import build_tasks
 from pruneval.harness.judge import judging
 from pruneval.harness.lmms_task import quiet
-from pruneval.tasks.pocket import build, forms, image_prompts, prompted, prompts, vision
+from pruneval.tasks.pocket import build, forms, image_prompts, prompted, prompts, train, vision
 from pruneval.tasks.pocket.packing import BEFORE, Writer
 from pruneval.tasks.pocket.questions import Question
 from pruneval.tasks.pocket.vision import TOKENS
@@ -185,3 +185,27 @@ def test_the_course_learns(processor: LlavaProcessor, tmp_path):
     prompted.teach(model, processor.tokenizer, tmp_path, small, 0, journal.append)
     assert [entry["step"] for entry in journal] == [6]
     assert set(forms.ALBUMS) <= set(journal[0]) and all(0 <= journal[0][name] <= 1 for name in forms.ALBUMS)
+
+
+def test_the_model_is_the_mean_of_its_last_courses(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """`train` saves what `BLEND` says of the weights before and after each of the last courses."""
+
+    def shift(model: LlavaForConditionalGeneration, *_: Any) -> None:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 1
+
+    saved = []
+    tower = build.model(build.tokenizer()).model.vision_tower
+    monkeypatch.setattr(train.vision, "train", lambda *_: tower)
+    for name in ("Pool", "align", "teach"):
+        monkeypatch.setattr(train.language, name, lambda *_: None)
+    monkeypatch.setattr(train.prompted, "teach", shift)
+    monkeypatch.setattr(train.scores, "measure", lambda *_: {})
+    monkeypatch.setattr(train, "save", lambda model, *_: saved.append(train.snapshot(model)))
+    monkeypatch.setattr(train, "finish", lambda *_: None)
+    train.train(tmp_path, tmp_path)
+    before, after = saved
+    moved = train.BLEND[1] * 1 + train.BLEND[2] * 2
+    for name in ("model.language_model.norm.weight", "model.multi_modal_projector.linear_1.weight"):
+        torch.testing.assert_close(after[name], before[name] + moved)

@@ -58,7 +58,7 @@ class Writer:
         return self.block(prompt, question.answer)
 
     def block(self, prompt: str, answer: str) -> Block:
-        """Any prompt and its answer."""
+        """Any prompt and its answer, which the loss counts."""
         asked, answered = self.encode(f"{prompt} ASSISTANT:"), [*self.encode(answer), self.end]
         return asked + answered, [False] * len(asked) + [True] * len(answered)
 

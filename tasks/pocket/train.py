@@ -64,6 +64,11 @@ class Journal:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
 
+def snapshot(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """A copy of the weights."""
+    return {name: weight.clone() for name, weight in model.state_dict().items()}
+
+
 def blend(states: list[dict[str, torch.Tensor]], shares: tuple[float, ...]) -> dict[str, torch.Tensor]:
     """Weighted mean of weights."""
     return {name: sum(share * state[name] for share, state in zip(shares, states, strict=True)) for name in states[0]}
@@ -104,12 +109,14 @@ def train(out: Path, work: Path) -> None:
     torch.manual_seed(SEED + 2)
     processor = build.processor()
     model = build.widened(model)
-    start = {name: weight.clone() for name, weight in model.state_dict().items()}
+    states = [snapshot(model)]
     if not (work / "prompts.pt").exists():
         save(model, processor, work / "polished")
         journal({"stage": "editions", "when": "before", "scores": scores.measure(work / "polished", work / "before")})
     for last, seed in zip(prompted.COURSES, (SEED + 11, SEED + 13), strict=True):
         prompted.teach(model, processor.tokenizer, work, last, seed, journal)
+        states.append(snapshot(model))
+    model.load_state_dict(blend(states, BLEND))
     save(model, processor, out)
     journal({"stage": "editions", "when": "after", "scores": scores.measure(out, work / "after")})
     finish(out, journal)

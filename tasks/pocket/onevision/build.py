@@ -122,13 +122,14 @@ def adopt_language(model: LlavaOnevisionForConditionalGeneration, llava: LlavaFo
     """Begin from pocket-llava's projector and decoder; Qwen2's biases of queries, keys and values begin at zero."""
     model.model.multi_modal_projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
     theirs, mine = llava.model.language_model.state_dict(), model.model.language_model.state_dict()
+    words = build.tokenizer()  # those of both; behind them each has words of its own
     for name, weight in mine.items():
         if name in theirs:
-            rows = min(len(weight), len(theirs[name]))
+            rows = len(words) if name == "embed_tokens.weight" else len(weight)
             weight[:rows].copy_(theirs[name][:rows])
         else:
             weight.zero_()
-    newline = theirs["embed_tokens.weight"][build.tokenizer().convert_tokens_to_ids("\n")]
+    newline = theirs["embed_tokens.weight"][words.convert_tokens_to_ids("\n")]
     model.model.image_newline.copy_(newline)
 
 

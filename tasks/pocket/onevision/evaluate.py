@@ -175,7 +175,7 @@ def right(
     good: dict[str, list[float]] = {}
     for first in range(0, len(jobs), size):
         part = jobs[first : first + size]
-        rows = [[writer.asked(p, q.answer) for q, p in (asked[i].asked[n] for n in names)] for i, names, _ in part]
+        rows = [[writer.block(p, q.answer) for q, p in (asked[i].asked[n] for n in names)] for i, names, _ in part]
         kept, hidden = _rectangle([tokens for _, _, tokens in part], sight.received.shape[1])
         pack = writer.sequences(kind, rows, kept, hidden)
         logits, ids, where = language.answered(model, pack, sight.features[[i for i, _, _ in part]])

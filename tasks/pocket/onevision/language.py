@@ -172,10 +172,11 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
     made: Batch = []
 
     def add(
-        kind: str, chosen: np.ndarray, rows: list, held: list, size: int, partial: bool, bare: bool, w: float
-    ) -> None:
-        total = VIEW if size == NEAR else len(writer.cells[kind])
-        data, features = (films if kind == "clip" else images), []
+        kind: str, chosen: np.ndarray, rows: list, held: list, size: int, partial: bool, bare: bool, w: float,
+        total: int | None = None,
+    ) -> None:  # fmt: skip
+        total = total or len(writer.cells[kind])
+        data = films if kind == "clip" else images
         kept = np.stack(
             [np.arange(total) if size >= total else packing.thin(h, total, rng, size, partial) for h in held]
         )
@@ -199,7 +200,8 @@ def batch(writer: Writer, images: Pool, films: Pool, step: int, course: Course, 
     if near:
         held = [[one[one < VIEW] for one in each] for each in held]
     bare = size == 64 and rng.random() < course.bare
-    add("image", chosen, rows, held, size, not bare and rng.random() < course.partial, bare, 0.4)
+    partial = not bare and rng.random() < course.partial
+    add("image", chosen, rows, held, size, partial, bare, 0.4, VIEW if near else None)
 
     if not course.films:
         return made

@@ -115,11 +115,6 @@ class Writer(packing.Writer):
         }
         self.cells = {"image": IMAGE, "clip": CLIP, "two": TWO}
 
-    def asked(self, prompt: str, answer: str) -> Block:
-        """A prompt and its answer, which the loss counts."""
-        before, after = self.encode(f"{prompt} ASSISTANT:"), [*self.encode(answer), self.end]
-        return before + after, [False] * len(before) + [True] * len(after)
-
     def sequences(
         self, kind: str, rows: Sequence[Sequence[Block]], kept: np.ndarray, hidden: np.ndarray | None
     ) -> Pack:
@@ -171,12 +166,12 @@ def clip_blocks(
         if question is None:
             continue
         if rng.random() < (0.8 if question.answer in ("yes", "no") else 0.65):
-            found.append(writer.asked(prompts.gqa(question), question.answer))
+            found.append(writer.block(prompts.gqa(question), question.answer))
             continue
         prompt = (video_prompts.mvbench, video_prompts.videomme)[int(rng.integers(2))]
         number = 4 if prompt is video_prompts.videomme else int(rng.integers(2, 5))
         question = choose(question, rng, number)
-        found.append(writer.asked(prompt(question), question.answer))
+        found.append(writer.block(prompt(question), question.answer))
     return found
 
 
