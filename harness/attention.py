@@ -137,6 +137,17 @@ class Call:
             rotation = (cos, sin)
         return HeadAttention(query, key, value, self.scaling, self.causal, origin, rotation=rotation, weight=weight)
 
+    def row(self, index: int) -> Call:
+        """The call for one row of the batch, in memory of its own."""
+        query, key, value = (part[index : index + 1].clone() for part in (self.query, self.key, self.value))
+        return Call(query, key, value, self.scaling, self.causal)
+
+    @staticmethod
+    def joined(calls: Sequence[Call]) -> Call:
+        """Calls of one module with equal shapes, as one."""
+        query, key, value = (torch.cat([getattr(call, name) for call in calls]) for name in ("query", "key", "value"))
+        return Call(query, key, value, calls[0].scaling, calls[0].causal)
+
 
 def _rotated(vectors: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotary embedding of every decoder here: the second half of a head is the first one's partner."""

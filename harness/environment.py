@@ -41,6 +41,7 @@ def _run(*command: str) -> str:
         return ""
 
 
+@functools.cache
 def _commit() -> str | None:
     """The commit of the checkout this module lies in, with "+" when tracked files differ from it."""
     root = Path(__file__).resolve().parent.parent

@@ -5,6 +5,7 @@ lmms-eval takes 10 to 20 seconds to import, so it is imported inside the functio
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import traceback
 from argparse import Namespace
@@ -17,12 +18,16 @@ from pruneval.harness.guards import refuse
 from pruneval.harness.judge import configured, judging, lacking
 from pruneval.harness.lmms_task import build_tasks, quiet, unreadable, whole_groups
 from pruneval.harness.outcome import Outcome, Part, outcome
+from pruneval.harness.reuse import shared
 from pruneval.harness.spec import FRAMES
 from pruneval.tasks import Benchmark
 
 if TYPE_CHECKING:
     from pruneval.harness.batching import BatchSize
     from pruneval.harness.lmms_model import Journal
+
+BUILT = 4
+"""Benchmarks whose tasks are kept between the cells of a sweep."""
 
 
 def evaluate(
@@ -64,7 +69,7 @@ def evaluate(
 
         from pruneval.harness.lmms_model import PrunevalModel
 
-        tasks = build_tasks(benchmark)
+        tasks = _tasks(benchmark, loaded)
         lm = PrunevalModel(
             loaded,
             method,
@@ -113,6 +118,23 @@ def evaluate(
         for part in parts:
             refuse(benchmark, part.logged)
         return replace(outcome(parts, lm.rows, benchmark), batch_size=lm.batched)
+
+
+def _tasks(benchmark: Benchmark, loaded: Any) -> list[Any]:
+    """The benchmark's tasks; while a store keeps features of the model, those of the last benchmarks are kept too.
+
+    An evaluation leaves its questions on a task: everyone gets copies. A judged task is bound to its judge.
+    """
+    model = getattr(loaded, "model", None)
+    store = None if model is None or benchmark.judge else shared(model)
+    if store is None:
+        return build_tasks(benchmark)
+    name = repr(benchmark)
+    if name not in store.tasks:
+        store.tasks[name] = build_tasks(benchmark)
+        while len(store.tasks) > BUILT:
+            store.tasks.popitem(last=False)
+    return [copy.copy(task) for task in store.tasks[name]]
 
 
 def _answering(error: BaseException) -> bool:

@@ -23,6 +23,8 @@ PROMPT_KEY = "pruneval"
 """The model name tasks see: none of them knows it, so every task uses its default prompt."""
 OWN = Path(__file__).resolve().parent.parent / "tasks" / "video_qa"
 """Task files of ours, for benchmarks that lmms-eval does not have."""
+VERSIONS = ("get_git_commit_hash", "get_git_branch_name", "get_lmms_eval_version_string")
+"""What lmms-eval starts git for, several times an evaluation, to note a commit that nobody reads here."""
 
 
 def build_tasks(benchmark: Benchmark) -> list[Any]:
@@ -222,6 +224,9 @@ def quiet() -> Iterator[None]:
     bars = [module.tqdm for module in modules]
     for module, bar in zip(modules, bars, strict=True):
         module.tqdm = functools.partial(_hidden, bar)
+    asking = {name: getattr(evaluator_module, name) for name in VERSIONS}
+    for name in VERSIONS:
+        setattr(evaluator_module, name, str)
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     _quiet.append(None)
     try:
@@ -231,6 +236,8 @@ def quiet() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
+        for name, function in asking.items():
+            setattr(evaluator_module, name, function)
         if bars_shown:
             datasets.enable_progress_bars()
         _quiet.pop()

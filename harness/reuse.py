@@ -1,10 +1,11 @@
-"""Image and video features, computed once and used by every method that prunes behind the vision tower.
+"""Image and video features, computed once and used by every method that leaves the vision tower's work as it is.
 
 Within `reusing(adapter)` what an encoding function of the model returns is kept, image by image, by everything it was
-called with, and given again for the same image in whatever batch. Where a family does not take images one by one
-(Qwen-VL packs them), the whole call is kept. Methods that read what happens inside the tower, or change it, are not
-served: the session takes the function itself then. What does not fit into memory goes to a temporary folder, what does
-not fit there is forgotten, oldest first. Nothing is measured on this path.
+called with, and given again for the same image in whatever batch. For methods that read what happens inside the tower,
+what they read is kept with it, and given to every method that reads the same. Where a family does not take images one
+by one (Qwen-VL packs them; crops, when a method reads them), the whole call is kept. Methods that change what happens
+in the tower are not served: the session takes the function itself then. What does not fit into memory goes to a
+temporary folder, what does not fit there is forgotten, oldest first. Nothing is measured on this path.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import hashlib
 import inspect
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pruneval.harness.attention import Call
 from pruneval.harness.override import override
 
 MEMORY, DISK = 2**30, 2**33
@@ -32,16 +35,58 @@ UNUSED = ("last_hidden_state", "hidden_states", "attentions")
 ENCODERS = ("get_image_features", "get_video_features")
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What was recorded in a vision tower while it ran.
+
+    Attributes:
+        calls: attention calls, by encoder layer.
+        hidden: outputs of encoder layers, (tiles, n, d_v) where tiles are not packed.
+        pixels: (tiles, 3, height, width) in [0, 1], if asked for.
+    """
+
+    calls: Mapping[int, list[Call]] = field(default_factory=dict)
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    pixels: Tensor | None = None
+
+    def split(self, count: int) -> list[Seen] | None:
+        """What was seen of each of `count` images; None where it is not one row of each."""
+        single = all(len(made) == 1 and len(made[0].query) == count for made in self.calls.values())
+        others = [*self.hidden.values(), *([] if self.pixels is None else [self.pixels])]
+        if not single or any(len(part) != count for part in others):
+            return None
+        return [
+            Seen(
+                {layer: [made[0].row(row)] for layer, made in self.calls.items()},
+                {layer: part[row : row + 1].clone() for layer, part in self.hidden.items()},
+                None if self.pixels is None else self.pixels[row : row + 1].clone(),
+            )
+            for row in range(count)
+        ]
+
+    @staticmethod
+    def joined(parts: list[Seen]) -> Seen:
+        """What was seen of several images that were each seen alone."""
+        first = parts[0]
+        return Seen(
+            {layer: [Call.joined([part.calls[layer][0] for part in parts])] for layer in first.calls},
+            {layer: torch.cat([part.hidden[layer] for part in parts]) for layer in first.hidden},
+            None if first.pixels is None else torch.cat([part.pixels for part in parts if part.pixels is not None]),
+        )
+
+
 class Features:
     """A bounded store of encodings: memory first, then disk.
 
     Attributes:
         hits, misses: calls served from here and computed.
+        tasks: what the benchmarks evaluated meanwhile were built as, by benchmark; see `harness/evaluate.py`.
     """
 
     def __init__(self, folder: Path, memory: int = MEMORY, disk: int = DISK) -> None:
         self.folder, self.memory, self.disk = folder, memory, disk
         self.hits = self.misses = 0
+        self.tasks: OrderedDict[str, list[Any]] = OrderedDict()
         self._near: OrderedDict[str, tuple[Any, int]] = OrderedDict()
         self._far: OrderedDict[str, int] = OrderedDict()
 
@@ -73,9 +118,10 @@ class Features:
                 (self.folder / oldest).unlink()
 
 
-def shared(model: Any) -> bool:
-    """Whether a store answers for the model's encoding functions already."""
-    return any(hasattr(getattr(model.model, name, None), "uncached") for name in ENCODERS)
+def shared(model: Any) -> Features | None:
+    """The store that answers for the model's encoding functions, if one does."""
+    found = (getattr(getattr(model.model, name, None), "encoder", None) for name in ENCODERS)
+    return next((encoder.features for encoder in found if encoder is not None), None)
 
 
 def reusing(adapter: Any, memory: int = MEMORY, disk: int = DISK) -> AbstractContextManager[Features]:
@@ -96,27 +142,43 @@ def serving(model: Any, memory: int = MEMORY, disk: int = DISK) -> Iterator[Feat
         yield features
 
 
+Look = Callable[[Callable[[], Any]], tuple[Any, Seen]]
+"""Runs a tower; its output, and what was seen in it."""
+
+
 class _Encoder:
     """An encoding function that asks the store first."""
 
     def __init__(self, features: Features, name: str, original: Any) -> None:
         self.features, self.name, self.original = features, name, original
         self.signature = inspect.signature(original)
-        self.whole = False
-        """Whether images can't be told apart in what the function gives."""
+        self.uncached = getattr(original, "uncached", original)
+        """The model's own function, behind however many stores."""
+        self.whole: set[str] = set()
+        """For which readings images can't be told apart in what comes out."""
 
         @functools.wraps(original)  # generate reads the signature to know what to pass
         def encode(*args: Any, **kwargs: Any) -> Any:
-            return self.encode(self.signature.bind(*args, **kwargs).arguments)
+            arguments = self.signature.bind(*args, **kwargs).arguments
+            return self._find("", lambda run: (run(), Seen()), original, arguments)[0]
 
-        # For methods that look into the tower: the model's own function, behind however many stores.
-        encode.uncached = getattr(original, "uncached", original)  # type: ignore[attr-defined]
+        # For sessions: the function itself for methods that change the tower, and the way for those that read in it.
+        encode.uncached, encode.encoder = self.uncached, self  # type: ignore[attr-defined]
         self.function = encode
 
-    def encode(self, arguments: dict[str, Any]) -> Any:
-        """What the function gives for these arguments."""
-        parts = None if self.whole else _parts(arguments)
-        keys = [_key(self.name, part) for part in parts or [arguments]]
+    def seen(self, reading: str, look: Look, arguments: dict[str, Any]) -> tuple[Any, Seen]:
+        """What the function gives for these arguments, and what is seen in the tower.
+
+        Args:
+            reading: names what `look` sees.
+            look: runs the tower.
+            arguments: of the function, by name.
+        """
+        return self._find(reading, look, self.uncached, arguments)
+
+    def _find(self, reading: str, look: Look, function: Any, arguments: dict[str, Any]) -> tuple[Any, Seen]:
+        parts = None if reading in self.whole else _parts(arguments)
+        keys = [_key(self.name + reading, part) for part in parts or [arguments]]
         found = {key: self.features.find(key) for key in keys}
         missing = {key: place for place, key in reversed(list(enumerate(keys))) if found[key] is None}
         if not missing:
@@ -126,20 +188,21 @@ class _Encoder:
         asked = arguments
         if len(places) < len(keys):
             asked = {name: _chosen(value, places) for name, value in arguments.items()}
-        out = _kept(self.original(**self._named(asked)))
+        out, seen = look(lambda: function(**self._named(asked)))
+        made = _kept(out), seen
         if parts is None:
             self.features.misses += 1
-            self.features.put(keys[0], out)
-            return out
-        each = _split(out, len(places))
+            self.features.put(keys[0], made)
+            return made
+        each = _split(made, len(places))
         if each is None:
-            self.whole = True
-            return self.encode(arguments)
+            self.whole.add(reading)
+            return self._find(reading, look, function, arguments)
         self.features.misses += 1
         for place, value in zip(places, each, strict=True):
             found[keys[place]] = value
             self.features.put(keys[place], value)
-        return out if len(places) == len(keys) else _joined([found[key] for key in keys])
+        return made if len(places) == len(keys) else _joined([found[key] for key in keys])
 
     def _named(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name, as the model's decorators want them."""
@@ -159,23 +222,26 @@ def _chosen(value: Any, places: list[int]) -> Any:
     return value[places] if isinstance(value, Tensor) and value.dim() else value
 
 
-def _split(output: Any, count: int) -> list[Any] | None:
+def _split(made: tuple[Any, Seen], count: int) -> list[tuple[Any, Seen]] | None:
     """An encoding as one of each image; None when it does not say which part is whose."""
+    output, seen = made[0], made[1].split(count)
     pooled = output.pooler_output
     others = [item.name for item in dataclasses.fields(output) if item.name != "pooler_output"]
-    if len(pooled) != count or any(getattr(output, name) is not None for name in others):
+    if seen is None or len(pooled) != count or any(getattr(output, name) is not None for name in others):
         return None
     if isinstance(pooled, Tensor):
-        return [dataclasses.replace(output, pooler_output=part[None].clone()) for part in pooled]
-    return [dataclasses.replace(output, pooler_output=[part.clone()]) for part in pooled]
+        alone = [part[None].clone() for part in pooled]
+    else:
+        alone = [[part.clone()] for part in pooled]
+    return [(dataclasses.replace(output, pooler_output=part), mine) for part, mine in zip(alone, seen, strict=True)]
 
 
-def _joined(parts: list[Any]) -> Any:
+def _joined(parts: list[tuple[Any, Seen]]) -> tuple[Any, Seen]:
     if len(parts) == 1:
         return parts[0]
-    pooled = [part.pooler_output for part in parts]
+    pooled = [output.pooler_output for output, _ in parts]
     whole = torch.cat(pooled) if isinstance(pooled[0], Tensor) else [one for part in pooled for one in part]
-    return dataclasses.replace(parts[0], pooler_output=whole)
+    return dataclasses.replace(parts[0][0], pooler_output=whole), Seen.joined([seen for _, seen in parts])
 
 
 def _key(name: str, arguments: dict[str, Any]) -> str:
@@ -200,6 +266,8 @@ def _kept(output: Any) -> Any:
 def _size(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
+    if isinstance(value, Seen | Call):
+        return _size(vars(value))
     if isinstance(value, dict):
         return sum(map(_size, value.values()))
     return sum(map(_size, value)) if isinstance(value, list | tuple) else 0

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,6 +31,7 @@ from pruneval.harness.layout import Layout, Trace
 from pruneval.harness.override import override
 from pruneval.harness.pixels import see
 from pruneval.harness.prefill import Prefill
+from pruneval.harness.reuse import Seen
 from pruneval.harness.tower import Towers
 from pruneval.methods.base import Method
 
@@ -167,37 +168,44 @@ class Session:
         original = getattr(inner, name, None)
         if original is None:
             return
-        if self._looks_inside():
-            original = getattr(original, "uncached", original)
+        store = None if self._changes_tower() else getattr(original, "encoder", None)
+        function = getattr(original, "uncached", original) if self._looks_inside() else original
         signature = inspect.signature(original)
 
         @functools.wraps(original)  # generate reads the signature to know what to pass
         def encode(*args: Any, **kwargs: Any) -> Any:
             if self.recorder.on:  # a family may encode videos by its function for images
-                return original(*args, **kwargs)
-            self.vision_hidden.clear()
-            self.recorder.calls.clear()
-            self._pixels = None
-            kind = name.removeprefix("get_").removesuffix("_features")
+                return function(*args, **kwargs)
+            self.kind = name.removeprefix("get_").removesuffix("_features")
             arguments = signature.bind(*args, **kwargs).arguments
-            self.recorder.on, self.kind = True, kind
-            self.towers.begin(kind, arguments)
+            self.towers.begin(self.kind, arguments)
             try:
-                out = original(*args, **kwargs)
+                if store is not None and self._looks_inside():
+                    out, seen = store.seen(self._reading(), self._look, arguments)
+                else:
+                    out, seen = self._look(lambda: function(*args, **kwargs))
             finally:
-                self.recorder.on = False
                 passed = self.towers.end()
-            calls = {key[1]: made for key, made in self.recorder.calls.items() if key[0] == "vision"}
             lengths = tuple(item.shape[:-1].numel() for item in out.pooler_output)
             # one of a kind per prompt: an earlier one belongs to a prompt that failed
-            self.encoded = [encoding for encoding in self.encoded if encoding.kind != kind]
-            self.encoded.append(
-                Encoding(kind, arguments, lengths, calls, dict(self.vision_hidden), passed, self._pixels)
-            )
-            self.recorder.calls.clear()
+            self.encoded = [encoding for encoding in self.encoded if encoding.kind != self.kind]
+            self.encoded.append(Encoding(self.kind, arguments, lengths, seen.calls, seen.hidden, passed, seen.pixels))
             return out
 
         override(inner, name, encode, stack)
+
+    def _look(self, run: Callable[[], Any]) -> tuple[Any, Seen]:
+        """Runs a tower; its output, and what the method wants to see of it."""
+        self.vision_hidden.clear()
+        self.recorder.calls.clear()
+        self._pixels, self.recorder.on = None, True
+        try:
+            out = run()
+        finally:
+            self.recorder.on = False
+        calls = {key[1]: made for key, made in self.recorder.calls.items() if key[0] == "vision"}
+        self.recorder.calls.clear()
+        return out, Seen(calls, dict(self.vision_hidden), self._pixels)
 
     def _see(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """A vision tower's output, of images that are scaled down."""
@@ -206,11 +214,19 @@ class Session:
         pixels = kwargs.pop(name) if name in kwargs else args[0]
         return see(self.adapter, self.kind, scale, forward, pixels, *args[1:], **kwargs)
 
+    def _changes_tower(self) -> bool:
+        """Whether the method changes what happens inside the vision tower."""
+        return bool(self.towers.places) or bool(self.resizing)
+
     def _looks_inside(self) -> bool:
         """Whether the method reads, or changes, what happens inside the vision tower."""
         needs = self.needs.values()
-        changes = bool(self.towers.places) or bool(self.resizing)
-        return changes or any(need.vision or need.pixels or need.clip for need in needs)
+        return self._changes_tower() or any(need.vision or need.pixels or need.clip for need in needs)
+
+    def _reading(self) -> str:
+        """Names what `_look` sees."""
+        layers = sorted({layer for need in self.needs.values() for layer in need.vision})
+        return f" layers {layers}" + " pixels" * any(need.pixels for need in self.needs.values())
 
     # What enters the model
 

@@ -15,7 +15,7 @@ from pruneval.harness.errors import UserError
 DESCRIPTION = """\
 Runs every cell of a study file: methods x budgets x models x benchmarks. Cells that are done are reused; a cell that
 fails is recorded and the sweep goes on; an interrupted sweep goes on where it stopped. Image features are computed once
-per image and serve every method that prunes behind the vision tower.
+per image and serve every method that does not change what the vision tower does.
 
 a study file:
   models: [pocket-llava]

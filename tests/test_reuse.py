@@ -30,8 +30,8 @@ def test_answers_are_the_very_same(family):
     assert features.misses <= 2 and features.hits == 3 * features.misses  # images, and perhaps videos
 
 
-@pytest.mark.parametrize("name", ["visionzip", "tome", "flowcut", "resize"])
-def test_methods_that_look_into_the_tower_get_the_tower(name):
+@pytest.mark.parametrize("name", ["tome", "flowcut", "resize"])
+def test_methods_that_change_the_tower_get_the_tower(name):
     tiny = subject("llava")
     inputs = tiny.samples[0]
     expected = logits(tiny, name, inputs)
@@ -42,7 +42,61 @@ def test_methods_that_look_into_the_tower_get_the_tower(name):
     assert (features.misses, features.hits) == (1, 1)
 
 
-def test_nor_do_they_get_another_store_where_stores_nest():
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["visionzip", "hiprune", "vflowopt"])
+def test_what_is_read_in_the_tower_is_kept(family, name):
+    """The very same answers, and the tower runs no more."""
+    tiny = subject(family)
+    model = tiny.model("sdpa")
+    adapter = adapter_for(model)
+    if adapter.supports(methods.build(name, {"keep": 0.5})):
+        pytest.skip(f"{name} does not run on {family}")
+    inputs, ran = tiny.batch(*tiny.samples), []
+    expected = logits(tiny, name, inputs)
+    handles = [tower[0].register_forward_hook(lambda *_: ran.append(1)) for tower in adapter.towers]
+    with reusing(adapter):
+        first = logits(tiny, name, inputs)
+        before = len(ran)
+        again = logits(tiny, name, inputs)
+    for handle in handles:
+        handle.remove()
+    assert before and len(ran) == before
+    assert torch.equal(first, expected) and torch.equal(again, expected)
+
+
+def test_methods_that_read_the_same_share_it_and_others_do_not():
+    tiny = subject("llava")
+    inputs = tiny.batch(*tiny.samples)
+    names = ("visionzip", "fastervlm", "hiprune", "vflowopt", "fastv")
+    expected = {name: logits(tiny, name, inputs) for name in names}
+    with reusing(adapter_for(tiny.model("sdpa"))) as features:
+        for _ in range(2):
+            for name, value in expected.items():
+                assert torch.equal(logits(tiny, name, inputs), value), name
+    wanted = {repr(sorted(_read(tiny, name).items())) for name in names}
+    assert 1 < len(wanted) < len(names)
+    assert (features.misses, features.hits) == (len(wanted), 2 * len(names) - len(wanted))
+
+
+def _read(tiny, name: str) -> dict[str, object]:
+    needs = methods.build(name).needs(adapter_for(tiny.model("sdpa")).shape).values()
+    layers = sorted({layer for need in needs for layer in need.vision})
+    return {"layers": layers, "pixels": any(need.pixels for need in needs)}
+
+
+def test_an_image_read_with_others_is_read_alone_too():
+    """Another batch around an image: what was kept of it serves there, image by image."""
+    tiny = subject("llava")
+    model = tiny.model("sdpa")
+    one, two = tiny.samples[0], tiny.batch(*tiny.samples)
+    expected = logits(tiny, "visionzip", one)
+    with reusing(adapter_for(model)) as features:
+        logits(tiny, "visionzip", two)
+        torch.testing.assert_close(logits(tiny, "visionzip", one), expected)
+    assert (features.misses, features.hits) == (1, 1)
+
+
+def test_stores_may_nest():
     tiny = subject("llava")
     inputs = tiny.samples[0]
     expected = logits(tiny, "visionzip", inputs)
@@ -50,7 +104,7 @@ def test_nor_do_they_get_another_store_where_stores_nest():
     with reusing(adapter) as outer, reusing(adapter) as inner:
         logits(tiny, "fastv", inputs)
         assert torch.equal(logits(tiny, "visionzip", inputs), expected)
-    assert (outer.misses, outer.hits, inner.misses, inner.hits) == (1, 0, 1, 0)
+    assert (outer.misses, outer.hits, inner.misses, inner.hits) == (1, 0, 2, 0)
 
 
 def test_the_model_is_as_before():
