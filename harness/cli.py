@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pruneval.harness import ranks
 from pruneval.harness.batching import size_of
 from pruneval.harness.errors import UserError
 
@@ -36,6 +37,7 @@ examples:
 """
 
 
+PROCESSES = "share the questions of a benchmark, each with the model on its own GPU (default: 1)"
 OUT = Path("runs")
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
@@ -43,6 +45,8 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 """Set for every command, before torch is imported, where the user has not set it."""
+SHARED = ("eval", "sweep")
+"""Commands that several processes may run together."""
 MODULES = {  # commands with a module of their own, imported when the command is used: `add_arguments` and `main`
     "measure": ("pruneval.harness.measure", "what a method costs on a model, computed from dimensions"),
     "bench": ("pruneval.harness.bench", "time and memory of methods beside vanilla, measured in turns"),
@@ -109,6 +113,7 @@ def parser(command: str = "") -> argparse.ArgumentParser:
         metavar="N",
         help="beam search (default: as the benchmark's task says)",
     )
+    add("--processes", type=_whole("--processes"), default=1, metavar="N", help=PROCESSES)
     add("--frames", type=_whole("--frames"), default=8, metavar="N", help="of each video, evenly spaced (default: 8)")
     add("--data-root", type=Path, metavar="DIR", help="benchmarks' data (default: PRUNEVAL_DATA or ~/.cache/pruneval)")
     add("--dry-run", action="store_true", help="say what would run, and what it would need")
@@ -144,9 +149,16 @@ def _whole(name: str, least: int = 1) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    out = OUT
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not argv or argv[0] not in SHARED:
+        return _main(argv)
+    with ranks.quiet_unless_first(ranks.here()):
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
+    out = OUT
     try:
         grammar = parser(argv[0] if argv else "")
         args = grammar.parse_args(argv)
@@ -159,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             grammar.print_help()
             return 0
         out = args.out if args.command in ("eval", "report") else out
+        if args.command in SHARED and args.processes > 1 and ranks.here().count == 1 and not args.dry_run:
+            return ranks.launch(argv, args.processes)
         if args.command in MODULES:
             return int(import_module(MODULES[args.command][0]).main(args))
         return {"eval": _eval, "list": _list}[args.command](args)
@@ -206,10 +220,11 @@ def _eval(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder")
     located = models.locate(args.model)
+    member = ranks.here()
     if args.suite and located.entry.packaged and (pocket := list(pocket_suite(args.suite))) != names:
         names = pocket
         print(f"{located.entry.name} knows the pocket world only: {args.suite} in its pocket editions", file=sys.stderr)
-    device, dtype, kernel = models.resolve(located.entry, args.device, args.dtype, args.kernel)
+    device, dtype, kernel = models.resolve(located.entry, ranks.device(args.device), args.dtype, args.kernel)
     source = (
         str(located.folder) if located.folder and located.entry.name not in dimensions.names() else located.entry.name
     )
@@ -227,11 +242,12 @@ def _eval(args: argparse.Namespace) -> int:
         print("\n".join(plan.plan(cells, args.out)))
         return 0
     records, missed = run.run_cells(
-        cells, args.out, lambda: models.load(located, device, dtype, kernel), batch_size=args.batch_size
+        cells, args.out, lambda: models.load(located, device, dtype, kernel), batch_size=args.batch_size, ranks=member
     )
     label = args.suite or ("-".join(names) if args.benchmark else "pocket")
     title = f"{located.entry.name}_{label}_{built[-1].signature}{f'_limit{args.limit}' if args.limit else ''}"
-    _show(records, [(cell.spec, cell.reason) for cell in missed], args.out, title)
+    if member.first:
+        _show(records, [(cell.spec, cell.reason) for cell in missed], args.out, title)
     if missed:
         return 2
     return 0 if all(record.done for record in records) else 1

@@ -18,6 +18,7 @@ from pruneval.harness.guards import refuse
 from pruneval.harness.judge import configured, judging, lacking
 from pruneval.harness.lmms_task import build_tasks, quiet, unreadable, whole_groups
 from pruneval.harness.outcome import Outcome, Part, outcome
+from pruneval.harness.ranks import ALONE, Ranks
 from pruneval.harness.reuse import shared
 from pruneval.harness.spec import FRAMES
 from pruneval.tasks import Benchmark
@@ -42,8 +43,9 @@ def evaluate(
     frames: int = FRAMES,
     journal: Journal | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Outcome:
-    """Run a benchmark and score it.
+    ranks: Ranks = ALONE,
+) -> Outcome | None:
+    """Run a benchmark and score it; None in any but the first of several processes.
 
     Args:
         loaded: a `LoadedModel`.
@@ -54,6 +56,7 @@ def evaluate(
         frames: of each video.
         journal: where answers go after every batch; answers already there are not generated again.
         on_progress: called as (done, total).
+        ranks: this process among those that share the questions.
 
     Raises:
         UserError: the data cannot be loaded or scored, or the limit leaves nothing to score.
@@ -67,9 +70,9 @@ def evaluate(
         from lmms_eval.tasks import TaskManager
         from tenacity import RetryError
 
-        from pruneval.harness.lmms_model import PrunevalModel
+        from pruneval.harness.lmms_model import Elsewhere, PrunevalModel
 
-        tasks = _tasks(benchmark, loaded)
+        tasks = ranks.in_turn(lambda: _tasks(benchmark, loaded), "tasks")  # the first may have to write a data set
         lm = PrunevalModel(
             loaded,
             method,
@@ -79,6 +82,7 @@ def evaluate(
             frames=frames,
             journal=journal,
             on_progress=on_progress,
+            ranks=ranks,
         )
         with tempfile.TemporaryDirectory(prefix="pruneval-") as folder:
             # A folder of its own: some tasks would take the judged answers they find there for this run's.
@@ -99,6 +103,8 @@ def evaluate(
                     cli_args=arguments,
                     process_docs_parallel=1,
                 )
+            except Elsewhere:
+                return None
             except (UserError, SampleFailure, OSError):
                 raise
             except Exception as error:

@@ -30,11 +30,16 @@ from pruneval.harness.generation import (
     settled,
 )
 from pruneval.harness.preparing import Prepared, Preparing, collate
+from pruneval.harness.ranks import ALONE, Ranks
 from pruneval.harness.reuse import serving, shared
 from pruneval.harness.spec import FRAMES
 
 WITHIN = 2**28
 """Bytes of image features kept within one evaluation."""
+
+
+class Elsewhere(BaseException):
+    """The answers are scored in another process. Not an Exception: lmms-eval's evaluator is left as it is."""
 
 
 class Journal(Protocol):
@@ -85,6 +90,7 @@ class PrunevalModel(lmms):
         frames: of each video, evenly spaced.
         journal: answers already there are not generated again; new ones are appended after every batch.
         on_progress: called as (done, total) after every batch.
+        ranks: this process among those that share the questions.
         params: the method's parameters, when `method` is a name.
     """
 
@@ -105,6 +111,7 @@ class PrunevalModel(lmms):
         max_batch_size: int | None = None,
         journal: Journal | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        ranks: Ranks = ALONE,
         **params: Any,
     ) -> None:
         super().__init__()
@@ -125,7 +132,7 @@ class PrunevalModel(lmms):
         self.max_new_tokens = int(max_new_tokens)
         self.num_beams = int(num_beams) if num_beams else None
         self.frames = positive(frames, "the number of frames")
-        self.journal = journal
+        self.journal, self.ranks = journal, ranks
         self.on_progress = on_progress or (lambda done, total: None)
         self.halved: int | None = None
         """The largest batch since one did not fit into memory."""
@@ -137,29 +144,46 @@ class PrunevalModel(lmms):
     # lmms-eval's contract ---------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """One answer per request, in order. Raises SampleFailure for the first request that cannot be answered."""
+        """One answer per request, in order.
+
+        Raises:
+            SampleFailure: for the first request that cannot be answered.
+            Elsewhere: in any but the first of several processes, when all have answered their part.
+        """
         asked = [self._request(instance) for instance in requests]
-        known = self.journal.answers() if self.journal is not None else {}
+        known = self.ranks.once(lambda: self.journal.answers() if self.journal is not None else {}, "journal")
         for request in asked:
             row = known.get(request.key)
             if row is not None and row.get("request") == request.digest:
                 self.rows[request.key] = dict(row)
         waiting = [request for request in asked if request.key not in self.rows]
-        done = len(asked) - len(waiting)
-        self.on_progress(done, len(asked))
-        if waiting:
-            with ExitStack() as stack:
-                stack.enter_context(self._sharing())
-                session = stack.enter_context(self._session())
-                for batch in self._batches(waiting):
-                    rows = self._answer(batch, session)
-                    self.rows.update((row["key"], row) for row in rows)
-                    if self.journal is not None:
-                        self.journal.append(rows)
-                    done += len(batch)
-                    self.on_progress(done, len(asked))
-                    interrupt.obey()
+        self.on_progress(len(self.rows), len(asked))
+        mine = self.ranks.share(sorted(waiting, key=lambda request: -len(request.context)))
+        self.ranks.agree(lambda: self._work(mine, len(asked)), "answers")
+        for rows in self.ranks.all({request.key: self.rows[request.key] for request in mine}, "rows"):
+            self.rows.update(rows)
+        if not self.ranks.first:
+            raise Elsewhere
+        if self.ranks.count > 1:
+            self.on_progress(len(asked), len(asked))
         return [self.rows[request.key]["answer"] for request in asked]
+
+    def _work(self, waiting: list[_Request], total: int) -> None:
+        """Answers requests; of several processes all go about equally fast, so one speaks for all."""
+        if not waiting:
+            return
+        with ExitStack() as stack:
+            stack.enter_context(self._sharing())
+            session = stack.enter_context(self._session())
+            for batch in self._batches(waiting):
+                rows = self._answer(batch, session)
+                self.rows.update((row["key"], row) for row in rows)
+                if self.journal is not None:
+                    self.journal.append(rows)
+                left = sum(request.key not in self.rows for request in waiting)
+                most = total if self.ranks.count == 1 else total - 1  # the others may not be done
+                self.on_progress(min(most, max(0, total - left * self.ranks.count)), total)
+                interrupt.obey()
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise UserError("this task scores likelihoods; pruneval evaluates generated answers only")

@@ -149,17 +149,20 @@ def read_records(out: Path | str) -> list[RunRecord]:
 
 
 class Journal:
-    """Answers of an unfinished cell. A line torn by a crash is dropped, and so is everything that is not a row."""
+    """Answers of an unfinished cell. A line torn by a crash is dropped, and so is everything that is not a row.
 
-    def __init__(self, folder: Path) -> None:
-        self.path = Path(folder) / JOURNAL
+    Of several processes that share a cell each writes a file of its own, and all read all.
+    """
+
+    def __init__(self, folder: Path, process: int = 0) -> None:
+        first = Path(folder) / JOURNAL
+        self.path = first.with_suffix(f".{process}{first.suffix}") if process else first
+        self._all = f"{first.stem}*{first.suffix}"
 
     def answers(self) -> dict[str, dict[str, Any]]:
         """The rows by their key; of two with the same key, the later."""
-        try:
-            lines = self.path.read_bytes().split(b"\n")[:-1]
-        except FileNotFoundError:
-            return {}
+        files = sorted(self.path.parent.glob(self._all))
+        lines = [line for file in files for line in file.read_bytes().split(b"\n")[:-1]]
         rows: dict[str, dict[str, Any]] = {}
         for line in lines:
             try:
@@ -183,8 +186,9 @@ class Journal:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Forget the answers; the record holds them now."""
-        self.path.unlink(missing_ok=True)
+        """Forget the answers of all; the record holds them now."""
+        for file in self.path.parent.glob(self._all):
+            file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pruneval.harness import data, interrupt, judge, models
 from pruneval.harness.batching import BatchSize
 from pruneval.harness.errors import UserError, unknown
 from pruneval.harness.progress import Progress, progress
+from pruneval.harness.ranks import ALONE, Ranks
 from pruneval.harness.records import RunRecord, StorageError
 from pruneval.harness.runner import NotRun, Runner
 from pruneval.harness.spec import FRAMES, RunSpec, code_version, sampling
@@ -126,20 +127,21 @@ def run_cells(
     evaluate: Callable[..., Any] | None = None,
     show: Progress | None = None,
     keep_going: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[list[RunRecord], list[NotRun]]:
     """Every cell's record, in the order of the cells, and the cells that could not be tried.
 
     Args:
         cells: of one model.
-        out, load, batch_size, evaluate, show: see `Runner`.
+        out, load, batch_size, evaluate, show, ranks: see `Runner`.
         keep_going: what is wrong with a cell is its trouble alone; otherwise missing data, or anything wrong before the
             model is loaded, ends it all.
     """
     show = show or progress()
-    runner = Runner(out, load, batch_size=batch_size, evaluate=evaluate, show=show)
+    runner = Runner(out, load, batch_size=batch_size, evaluate=evaluate, show=show, ranks=ranks)
     records, missed = [], []
     cells = list(cells)
-    missing = missing_data(cells, out)
+    missing = ranks.once(lambda: missing_data(cells, out), "data")
     if missing and not keep_going:
         raise next(iter(missing.values()))
     with show.sweep(cells[0].spec.model if cells else "") as tell:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from pruneval.harness import interrupt, judge, models
 from pruneval.harness.environment import environment
 from pruneval.harness.errors import SampleFailure, UserError
 from pruneval.harness.progress import Progress, progress
+from pruneval.harness.ranks import ALONE, Ranks
 from pruneval.harness.records import Journal, RecordError, RunRecord, StorageError, claim, read_record, write_record
 from pruneval.harness.spec import RunSpec
 
@@ -44,6 +46,7 @@ class Runner:
         batch_size: samples per `generate`.
         evaluate: `harness.evaluate.evaluate`, or a stand-in.
         show: where progress goes.
+        ranks: this process among those that run the same cells.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class Runner:
         batch_size: BatchSize = 8,
         evaluate: Callable[..., Any] | None = None,
         show: Progress | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.out, self.batch_size = out, batch_size
+        self.out, self.batch_size, self.ranks = out, batch_size, ranks
         self.evaluate, self.show = evaluate or _evaluate, show or progress()
         self.loaded: models.LoadedModel | None = None
         self._load = load
@@ -69,14 +73,21 @@ class Runner:
             StorageError: results can't be written.
         """
         folder = self.out / cell.spec.hash
-        with claim(folder):
-            record = finished(folder, self.show)
-            if record is not None:
-                self.show.say(f"{title}: done before, reused")
-                return record
-            if reason := judge.lacking(cell.benchmark):
-                return NotRun(cell.spec, reason)
-            return _run(cell, folder, self._model(cell), self.batch_size, self.evaluate, self.show, title)
+        with ExitStack() as held:
+            ended = self.ranks.once(lambda: self._ended(cell, folder, title, held), "claim")
+            if ended is not None:
+                return ended
+            return self._run(cell, folder, self._model(cell), title)
+
+    def _ended(self, cell: Cell, folder: Path, title: str, held: ExitStack) -> RunRecord | NotRun | None:
+        """The cell's record or why it can't be run; None when it is to be run, claimed while `held`."""
+        held.enter_context(claim(folder))
+        record = finished(folder, self.show)
+        if record is not None:
+            self.show.say(f"{title}: done before, reused")
+            return record
+        reason = judge.lacking(cell.benchmark)
+        return NotRun(cell.spec, reason) if reason else None
 
     def attempt(self, cell: Cell, title: str) -> RunRecord | NotRun:
         """`run`, whose trouble is the reason why the cell was not tried. Raises: StorageError."""
@@ -95,12 +106,72 @@ class Runner:
         if self.loaded is None:
             self.show.say(f"loading {cell.spec.model} and lmms-eval")
             try:
-                self.loaded = self._load()
+                self.loaded = self.ranks.agree(self._load, "load")
             except Exception as error:
                 self._unloadable = error
                 raise
             interrupt.obey()
         return self.loaded
+
+    def _run(self, cell: Cell, folder: Path, loaded: models.LoadedModel, title: str) -> RunRecord:
+        ranks, show = self.ranks, self.show
+        journal = Journal(folder, ranks.number)
+        resumed = len(journal.answers())
+        if resumed:
+            show.say(f"{title}: goes on, {resumed} answers are there already")
+        started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+        adapter = models.adapter_of(loaded, cell.method)
+        reason = adapter.supports(cell.method) if adapter is not None else None
+        if reason:
+            raise UserError(f"{cell.spec.method} does not run on {cell.spec.model}: {reason}")
+        error, outcome = None, None
+        with show.cell(title) as tell, interrupt.graceful():
+            try:
+                outcome = ranks.agree(
+                    lambda: self.evaluate(
+                        loaded,
+                        cell.method,
+                        cell.benchmark,
+                        limit=cell.spec.limit,
+                        seed=cell.spec.seed,
+                        batch_size=self.batch_size,
+                        num_beams=cell.spec.num_beams,
+                        frames=cell.frames,
+                        journal=journal,
+                        on_progress=tell,
+                        ranks=ranks,
+                    ),
+                    "evaluate",
+                )
+            except SampleFailure as failure:
+                error = {"sample": failure.key, "message": failure.message}
+
+        def write() -> RunRecord:
+            timing = {"started": started, "seconds": time.monotonic() - clock, "resumed": resumed}
+            where = {"device": str(loaded.device), "batch_size": (outcome and outcome.batch_size) or self.batch_size}
+            if ranks.count > 1:
+                where["processes"] = ranks.count
+            record = RunRecord(
+                spec=cell.spec,
+                status="failed" if outcome is None else "done",
+                error=error,
+                scores=outcome.scores if outcome else {},
+                budget=_budget(outcome.samples) if outcome else {},
+                provisional=cell.method.card.provisional,
+                implied=_implied(cell, loaded, outcome.samples) if outcome else None,
+                environment={**environment(), **where},
+                timing=timing,
+            )
+            record = write_record(folder, record, outcome.samples if outcome else None)
+            if record.done:
+                journal.remove()
+            return record
+
+        record = ranks.once(write, "record")
+        if not record.done:
+            where = f" at sample {error['sample']}: {error['message']}" if error else ""
+            show.say(f"{title}: FAILED{where}")
+        return record
 
 
 def _evaluate(*args: Any, **options: Any) -> Any:
@@ -117,64 +188,6 @@ def finished(folder: Path, show: Progress) -> RunRecord | None:
         show.say(f"{error}; running it again")
         return None
     return record if record is not None and record.done else None
-
-
-def _run(
-    cell: Cell,
-    folder: Path,
-    loaded: models.LoadedModel,
-    batch_size: BatchSize,
-    evaluate: Callable[..., Any],
-    show: Progress,
-    title: str,
-) -> RunRecord:
-    journal = Journal(folder)
-    resumed = len(journal.answers())
-    if resumed:
-        show.say(f"{title}: goes on, {resumed} answers are there already")
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
-    adapter = models.adapter_of(loaded, cell.method)
-    reason = adapter.supports(cell.method) if adapter is not None else None
-    if reason:
-        raise UserError(f"{cell.spec.method} does not run on {cell.spec.model}: {reason}")
-    error, outcome = None, None
-    with show.cell(title) as tell, interrupt.graceful():
-        try:
-            outcome = evaluate(
-                loaded,
-                cell.method,
-                cell.benchmark,
-                limit=cell.spec.limit,
-                seed=cell.spec.seed,
-                batch_size=batch_size,
-                num_beams=cell.spec.num_beams,
-                frames=cell.frames,
-                journal=journal,
-                on_progress=tell,
-            )
-        except SampleFailure as failure:
-            error = {"sample": failure.key, "message": failure.message}
-    record = RunRecord(
-        spec=cell.spec,
-        status="failed" if outcome is None else "done",
-        error=error,
-        scores=outcome.scores if outcome else {},
-        budget=_budget(outcome.samples) if outcome else {},
-        provisional=cell.method.card.provisional,
-        implied=_implied(cell, loaded, outcome.samples) if outcome else None,
-        environment={
-            **environment(),
-            "device": str(loaded.device),
-            "batch_size": outcome.batch_size if outcome and outcome.batch_size else batch_size,
-        },
-        timing={"started": started, "seconds": time.monotonic() - clock, "resumed": resumed},
-    )
-    record = write_record(folder, record, outcome.samples if outcome else None)
-    if record.done:
-        journal.remove()
-    else:
-        show.say(f"{title}: FAILED at sample {error['sample']}: {error['message']}" if error else f"{title}: FAILED")
-    return record
 
 
 def _budget(samples: Any) -> dict[str, float]:

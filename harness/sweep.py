@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from pruneval.harness import ranks
 from pruneval.harness.batching import size_of
 from pruneval.harness.errors import UserError
 
@@ -27,6 +28,7 @@ EXAMPLES = """\
 examples:
   pruneval sweep study.yaml --dry-run           what would run, what is done, what can't and why
   pruneval sweep study.yaml --out runs && pruneval report --out runs
+  pruneval sweep study.yaml --processes 8       each cell's questions shared by eight processes, a GPU each
   pruneval sweep study.yaml --engine ray --workers 4
   pruneval sweep study.yaml --engine ray --address head:6379 --out /shared/runs
 """
@@ -49,6 +51,7 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
         help="one cell after another, or workers on Ray (default: serial)",
     )
     add("--workers", type=int, metavar="N", help="with ray (default: one per GPU, without GPUs one per four CPUs)")
+    add("--processes", type=int, default=1, metavar="N", help="share each cell's questions; not with ray (default: 1)")
     add("--address", metavar="HOST:PORT", help="a Ray cluster that runs already (default: Ray is started here)")
     add("--no-reuse", action="store_true", help="compute the image features of every cell anew")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
@@ -63,6 +66,10 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--workers must be at least 1, not {args.workers}")
     if args.engine != "ray" and (args.workers or args.address):
         raise UserError("--workers and --address are for --engine ray")
+    if args.processes < 1:
+        raise UserError(f"--processes must be at least 1, not {args.processes}")
+    if args.engine == "ray" and args.processes > 1:
+        raise UserError("--processes is for the serial engine; ray has --workers")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is not a folder")
     models.check_options(args.device, args.dtype, None)
@@ -74,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
             args.device = device_of(ray, args.device)
             plans = study.plans(read, dtype=args.dtype, elsewhere=args.device)
             return _dry(plans, args.out) if args.dry_run else _on_ray(plans, args, ray)
-    plans = study.plans(read, device=args.device, dtype=args.dtype)
+    plans = study.plans(read, device=ranks.device(args.device), dtype=args.dtype)
     return _dry(plans, args.out) if args.dry_run else max(_run(plan, args) for plan in plans)
 
 
@@ -118,7 +125,7 @@ def _run(plan: Any, args: argparse.Namespace) -> int:
             return loaded
 
         records, missed = run.run_cells(
-            plan.cells, args.out, load, batch_size=args.batch_size, show=show, keep_going=True
+            plan.cells, args.out, load, batch_size=args.batch_size, show=show, keep_going=True, ranks=ranks.here()
         )
     return _told(plan, args.out, records, missed)
 
