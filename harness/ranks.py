@@ -18,6 +18,7 @@ import os
 import pickle
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,7 +116,9 @@ def here() -> Ranks:
     from accelerate import PartialState
 
     local = int(os.environ.get("LOCAL_RANK") or 0)
-    state = PartialState(cpu=True, timeout=PATIENCE)  # objects are exchanged, never tensors: gloo does
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # `join` sees to that
+        state = PartialState(cpu=True, timeout=PATIENCE)  # objects are exchanged, never tensors: gloo does
     for name in VARIABLES:
         os.environ.pop(name, None)
     return Ranks(state.process_index, state.num_processes, local)
@@ -199,9 +202,9 @@ def join(number: int, arguments: list[str], count: int, port: int) -> None:
 
     from pruneval.harness import cli
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    asked = os.environ.get("OMP_NUM_THREADS")
     ranks = here()
+    torch.set_num_threads(int(asked or max(1, (os.cpu_count() or 1) // count)))
     code = cli.main(arguments)
     sys.stdout.flush()
     worst = max(ranks.all(code, "end"))
