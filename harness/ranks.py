@@ -18,6 +18,7 @@ import os
 import pickle
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,9 +34,16 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 PATIENCE = timedelta(days=7)
 """How long a process waits for the slowest."""
 
+PARTING = 30.0
+"""Seconds that a process waits for its end when another one died."""
+
 
 class OutOfStep(BaseException):
     """The processes do not do the same any more; nothing they exchange means anything."""
+
+
+class Lost(BaseException):
+    """Another process is gone; whoever started them all ends this one too."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +66,15 @@ class Ranks:
         return self.number == 0
 
     def all(self, mine: T, step: str) -> list[T]:
-        """Everybody's, in order. Every process calls it, for the same step. Raises: OutOfStep."""
+        """Everybody's, in order. Every process calls it, for the same step. Raises: OutOfStep, Lost."""
         if self.count == 1:
             return [mine]
         from accelerate.utils import gather_object
 
-        found = gather_object([(step, mine)])
+        try:
+            found = gather_object([(step, mine)])
+        except RuntimeError as error:
+            raise Lost(f"process {self.number} can't reach the others: {' '.join(str(error).split())[:200]}") from error
         if {name for name, _ in found} != {step}:
             raise OutOfStep(f"process {self.number} is at {step!r}, others at {[name for name, _ in found]}")
         return [part for _, part in found]
@@ -205,9 +216,14 @@ def join(number: int, arguments: list[str], count: int, port: int) -> None:
     asked = os.environ.get("OMP_NUM_THREADS")
     ranks = here()
     torch.set_num_threads(int(asked or max(1, (os.cpu_count() or 1) // count)))
-    code = cli.main(arguments)
+    try:
+        code = cli.main(arguments)
+        worst = max(ranks.all(code, "end"))
+    except Lost:
+        time.sleep(PARTING)  # until it is known who died
+        raise
     sys.stdout.flush()
-    worst = max(ranks.all(code, "end"))
+    torch.distributed.destroy_process_group()  # in step: at an exit that is not, gloo aborts
     sys.exit(worst if ranks.first else 0)
 
 
