@@ -39,7 +39,7 @@ class IFPrune(Ranking):
         prompt_aware=True,
         calibrated=True,
         provisional="the code was not available: the bottleneck's networks, its initial values and where low-rank "
-        "weights sit are reconstructed from the supplement, and trained weights exist for pocket-llava only",
+        "weights sit are reconstructed from the supplement, and trained weights exist for the pocket models only",
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
         "internvl2-26b@35%": {"layer": 9, "keep": 0.2},

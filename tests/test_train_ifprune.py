@@ -168,12 +168,15 @@ def test_the_shipped_helper_keeps_what_is_asked_about(helped):
     assert sum(asked) / len(asked) > sum(other) / len(other) + 0.1
 
 
-def test_the_shipped_helper_beats_chance_at_a_tenth(helped, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "benchmark"), [("pocket-llava", "pocket-gqa"), ("pocket-onevision", "pocket-textvqa")]
+)
+def test_the_shipped_helper_beats_chance_at_a_tenth(name, benchmark, tmp_path, capsys):
     from pruneval.harness.records import read_records
 
-    for method, given in (("ifprune", ["helper=pocket-llava", "checkpoint=pocket-llava"]), ("random", [])):
+    for method, given in (("ifprune", [f"helper={name}", f"checkpoint={name}"]), ("random", [])):
         sets = [word for each in [*given, "keep=0.1"] for word in ("--set", each)]
-        assert cli.main(["eval", "--model", "pocket-llava", "--method", method, *sets, "--benchmark", "pocket-gqa",
+        assert cli.main(["eval", "--model", name, "--method", method, *sets, "--benchmark", benchmark,
                          "--limit", "40", "--out", str(tmp_path)]) == 0  # fmt: skip
     capsys.readouterr()
     scores = {r.spec.method: next(iter(r.scores.values()))["value"] for r in read_records(tmp_path)}
