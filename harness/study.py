@@ -5,7 +5,7 @@ A file looks like this::
     models: [pocket-llava]
     methods: [random, {fastv: {layer: 2}}, {pact: {keep: 0.12}}]
     budgets: [{keep: 0.5}, {avg_in: 48}]
-    suites: [pocket]      # or benchmarks: [pocket-mme]
+    suites: [pocket]      # or benchmarks: [pocket-mme]; on a pocket model a suite is its pocket editions
     limit: 60             # questions of each benchmark; all if not given
     seed: 0
 
@@ -37,9 +37,15 @@ class Study:
     models: tuple[str, ...]
     methods: tuple[Entry, ...]
     benchmarks: tuple[str, ...]
+    suites: tuple[str, ...] = ()
     budgets: tuple[tuple[str, float], ...] = ()
     limit: int | None = None
     seed: int = 0
+
+    def asked(self, pocket: bool) -> list[str]:
+        """All benchmarks, named or of suites, each once; `pocket`: a suite stands for its pocket editions."""
+        members = tasks.pocket_suite if pocket else tasks.suite
+        return list(dict.fromkeys([*self.benchmarks, *(name for suite in self.suites for name in members(suite))]))
 
 
 @dataclass
@@ -75,10 +81,8 @@ def parse(data: Any) -> Study:
     for key in data:
         if key not in keys:
             raise unknown("key of a study", str(key), keys)
-    names = _names(data, "benchmarks", tasks.benchmarks())
-    for suite in _names(data, "suites", tasks.suites()):
-        names += [name for name in tasks.suite(suite) if name not in names]
-    if not names:
+    names, suites = _names(data, "benchmarks", tasks.benchmarks()), _names(data, "suites", tasks.suites())
+    if not names and not suites:
         raise UserError("a study needs benchmarks or suites")
     limit, seed = data.get("limit"), data.get("seed", 0)
     for key, value, least in (("limit", limit, 1), ("seed", seed, 0)):
@@ -88,6 +92,7 @@ def parse(data: Any) -> Study:
         models=tuple(_names(data, "models", None)),
         methods=tuple(_entry(item) for item in _list(data, "methods")),
         benchmarks=tuple(names),
+        suites=tuple(suites),
         budgets=tuple(_budget(item) for item in _list(data, "budgets")),
         limit=limit,
         seed=seed,
@@ -118,8 +123,9 @@ def plans(
         plan = Plan(located, elsewhere or here, dtype_name, kernel)
         built = _methods(study, plan)
         plan.cells = run.expand(
-            located, built, study.benchmarks, limit=study.limit, seed=study.seed, dtype=plan.dtype, kernel=plan.kernel
-        )
+            located, built, study.asked(located.entry.packaged), limit=study.limit, seed=study.seed, dtype=plan.dtype,
+            kernel=plan.kernel,
+        )  # fmt: skip
         made.append(plan)
     return made
 

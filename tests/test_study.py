@@ -32,6 +32,20 @@ def test_a_study_expands_to_methods_budgets_and_benchmarks():
     assert {cell.spec.limit for cell in plan.cells} == {4}
 
 
+def test_a_suite_is_its_pocket_editions_on_a_pocket_model():
+    read = study.parse({**GOOD, "benchmarks": ["pocket-gqa"], "suites": ["core5", "gsearch12"]})
+    found = [cell.spec.benchmark for cell in study.plans(read)[0].cells]
+    assert list(dict.fromkeys(found))[:5] == [
+        "pocket-gqa",
+        "pocket-mme",
+        "pocket-pope",
+        "pocket-scienceqa",
+        "pocket-textvqa",
+    ]
+    assert all(name.startswith("pocket-") for name in found)
+    assert read.asked(pocket=False)[1:3] == ["mme", "gqa"]
+
+
 def test_a_budget_that_cannot_be_met_is_refused_with_its_reason():
     (plan,) = study.plans(study.parse({**GOOD, "methods": ["st3", "random"], "budgets": [{"avg_in": 48}]}))
     assert plan.refused[0][0] == "st3 at avg_in=48" and "can't be reached" in plan.refused[0][1]
