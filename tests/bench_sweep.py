@@ -1,6 +1,6 @@
 """What reuse and batching are worth in a study: the same cells as a sweep runs them, and one by one without either.
 
-    python tests/bench_sweep.py [--methods M ...] [--keep 0.5 0.1] [--benchmarks B ...] [--limit 24] [--out FILE]
+    python tests/bench_sweep.py [--methods M ...] [--keep 0.5 0.25 0.1] [--benchmarks B ...] [--limit 24] [--out FILE]
 
 Once as `pruneval sweep --batch-size auto` does it: one model for all cells, questions prepared once, image features
 kept. Once with batches of one, every cell preparing and encoding everything itself. Both run in one process, cell by
@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-METHODS = ("random", "fastv", "sparsevlm", "divprune", "visionzip", "dart")
+METHODS = ("random", "fastv", "sparsevlm", "dart", "divprune", "visionzip", "hiprune", "vispruner")
 WAYS = ("sweep", "one by one")
 BENCHMARKS = ("pocket-mme", "pocket-gqa", "pocket-textvqa")
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket-llava")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.1])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25, 0.1])
     parser.add_argument("--benchmarks", nargs="+", default=list(BENCHMARKS))
     parser.add_argument("--limit", type=int, default=24)
     parser.add_argument("--out", type=Path, help="also write the numbers and the machine's description, as JSON")

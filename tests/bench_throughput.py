@@ -15,7 +15,9 @@ interval over rounds; process time (all threads) stands beside the wall clock, w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import os
 import sys
@@ -56,7 +58,8 @@ def contestants(model: str, benchmark: str, limit: int) -> dict[str, Callable[[]
     theirs.task_dict = known.task_dict
 
     def ask_theirs() -> list[str]:
-        return [answer.text for answer in theirs.generate_until(copy.deepcopy(requests))]  # it writes into requests
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar
+            return [answer.text for answer in theirs.generate_until(copy.deepcopy(requests))]  # it writes into requests
 
     def ask_ours(batch_size: int) -> list[str]:
         preparing.forget(loaded.processor)
