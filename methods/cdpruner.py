@@ -31,6 +31,7 @@ class CDPruner(PerTile):
     """Keeps a fraction `keep` of each tile's tokens.
 
     `newline` is drop (as the released code) or keep: beyond the budget, those of rows in which a token stays.
+    `per_tile`, if given, is how many of every tile stay.
     """
 
     card: ClassVar[Card] = Card(
@@ -48,7 +49,7 @@ class CDPruner(PerTile):
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
         **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (192, 128, 64, 32)},
-        **{f"llava-next-7b@{count}": {"keep": count / 2880} for count in (640, 320, 160)},
+        **{f"llava-next-7b@{count}": {"per_tile": count // 5} for count in (640, 320, 160)},
     }
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
@@ -56,7 +57,7 @@ class CDPruner(PerTile):
 
     def work(self, shape: Shape, visual: int, text: int) -> dict[str, int]:
         """Multiply-adds of picking, for one tile: cosines to each picked token, and what earlier ones explain."""
-        count = kept(visual, self.keep)
+        count = min(visual, self.per_tile) if self.per_tile else kept(visual, self.keep)
         return {"greedy selection": visual * (count * shape.hidden + count * (count - 1) // 2)}
 
     def score(self, step: Step) -> torch.Tensor:

@@ -24,6 +24,7 @@ class FasterVLM(PerTile):
     """Keeps a fraction `keep` of each tile's tokens, those with the most CLS attention.
 
     `newline` is drop or keep: beyond the budget, those of rows in which a token stays.
+    `per_tile`, if given, is how many of every tile stay.
     """
 
     card: ClassVar[Card] = Card(
@@ -39,7 +40,7 @@ class FasterVLM(PerTile):
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
         **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (288, 192, 144, 128, 64, 58, 29)},
-        **{f"llava-next-7b@{count}": {"keep": count / 2880} for count in (640, 320, 160, 145)},
+        **{f"llava-next-7b@{count}": {"per_tile": count // 5} for count in (640, 320, 160, 145)},
     }
 
     def score(self, step: Step) -> torch.Tensor:

@@ -30,6 +30,7 @@ class HiPrune(PerTile):
 
     `object_layer` is auto or a layer of the vision tower, from 0. `newline` is drop or keep: beyond the budget, those
     of rows in which a token stays.
+    `per_tile`, if given, is how many of every tile stay.
     """
 
     card: ClassVar[Card] = Card(
@@ -45,7 +46,7 @@ class HiPrune(PerTile):
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
         **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (192, 128, 64)},
-        **{f"llava-next-7b@{count}": {"keep": count / 2880} for count in (640, 320, 160)},
+        **{f"llava-next-7b@{count}": {"per_tile": count // 5} for count in (640, 320, 160)},
         **{f"qwen2.5-vl-7b@{keep:.1%}": {"keep": keep, "position_mode": "original"} for keep in (0.334, 0.223, 0.112)},
     }
 

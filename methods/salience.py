@@ -7,7 +7,7 @@ tokens of Video-LLaVA's frames stand for no cell: they are not ranked, and go un
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,24 +48,28 @@ class Area:
 class PerTile(Method):
     """Keeps a fraction `keep` of the visual tokens before the language model, tile by tile; order is kept.
 
-    `newline` is drop (as most released codes) or keep: beyond the budget, those of rows in which a token stays.
+    `newline` is drop (as most released codes) or keep: beyond the budget, those of rows in which a token stays. With
+    `per_tile`, so many tokens of every tile instead of `keep`, as papers count on models that cut images.
     """
 
     keep: float = 0.5
+    per_tile: int = 0
     newline: Literal["drop", "keep"] = "drop"
     position_mode: Positions = "compact"
 
     def check(self) -> None:
         if self.newline not in ("drop", "keep"):
             raise MethodError(f"{self.card.name}: newline must be drop or keep, not {self.newline!r}")
+        check_per_tile(self.card.name, self.per_tile)
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
         return {0: Needs(vision=(shape.feature_layer,))}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        if self.newline == "keep" and shape.sheets and not shape.whole and kept(n, self.keep) < n:
+        count = declared(self.card.name, shape, n, self.keep, self.per_tile)
+        if self.newline == "keep" and shape.sheets and not shape.whole and count < n:
             raise MethodError(f"{self.card.name}: with newline=keep the count depends on the rows that stay")
-        return [kept(n, self.keep)] * shape.layers
+        return [count] * shape.layers
 
     def score(self, step: Step) -> torch.Tensor:
         """(N,) higher stays; nan where no cell is."""
@@ -77,18 +81,52 @@ class PerTile(Method):
         return [tile.tokens[strongest(score[tile.tokens], share)] for tile, share in shares]
 
     def reduce(self, step: Step) -> Reduction | None:
-        count = kept(step.total, self.keep)
-        if count >= step.total:
+        found = shares(step, self.keep, self.per_tile, lambda: [len(tile.tokens) for tile in tiles(step)])
+        if found is None:
             return None
         areas = tiles(step)
-        sizes = [len(tile.tokens) for tile in areas]
-        chosen = torch.cat(self.choose(step, list(zip(areas, spread(count, sizes), strict=True))))
+        chosen = torch.cat(self.choose(step, list(zip(areas, found, strict=True))))
         if self.newline == "keep" and step.shape.sheets:
             return step.keep(torch.cat([chosen, newlines_of(step, chosen)]))
         ranked = torch.zeros(step.total, dtype=torch.bool, device=chosen.device)
         ranked[torch.cat([tile.tokens for tile in areas])] = True
-        room = (~ranked).nonzero().squeeze(-1)[: count - len(chosen)]
+        room = (~ranked).nonzero().squeeze(-1)[: 0 if self.per_tile else kept(step.total, self.keep) - len(chosen)]
         return step.keep(torch.cat([chosen, room]))
+
+
+def check_per_tile(name: str, per_tile: int) -> None:
+    """Raises: MethodError when it is no number of tokens."""
+    if per_tile < 0:
+        raise MethodError(f"{name}: per_tile must be a number of tokens, or 0 for a share `keep`, not {per_tile}")
+
+
+def declared(name: str, shape: Shape, n: int, keep: float, per_tile: int) -> int:
+    """How many of `n` visual tokens stay: a fraction `keep`, or `per_tile` of every tile.
+
+    Raises: MethodError when that depends on how many tiles the image has.
+    """
+    if not per_tile:
+        return kept(n, keep)
+    if shape.sheets and not shape.whole:
+        raise MethodError(f"{name}: with per_tile the count depends on how many tiles the image has")
+    return sum(min(per_tile, tokens) for _, tokens in shape.whole or ((n, n),))
+
+
+def shares(step: Step, keep: float, per_tile: int, sizes: Callable[[], list[int]]) -> list[int] | None:
+    """How many tokens stay of each tile; None when all of them do, for which the tower need not be looked at.
+
+    Args:
+        step: the boundary.
+        keep: the fraction of the prompt's visual tokens that stays, shared out by the tiles' tokens.
+        per_tile: if not 0, so many of each tile instead, as far as it has them.
+        sizes: gives the tokens of each tile.
+    """
+    if per_tile:
+        there = sizes()
+        found = [min(per_tile, size) for size in there]
+        return None if found == there else found
+    count = kept(step.total, keep)
+    return None if count >= step.total else spread(count, sizes())
 
 
 def salience(attention: Attention, cls: bool) -> torch.Tensor:

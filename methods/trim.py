@@ -31,17 +31,16 @@ from pruneval.methods.base import (
     Reduction,
     Shape,
     Step,
-    kept,
     strongest,
     torch,
 )
-from pruneval.methods.salience import outliers, spread, tiles, tower_features
+from pruneval.methods.salience import check_per_tile, declared, outliers, shares, tiles, tower_features
 
 
 @dataclass(frozen=True)
 class Trim(Method):
     """Keeps a fraction `keep` of each tile's tokens, the mean of the others included; with `count=outliers` as many as
-    stand out.
+    stand out, with `per_tile` so many of every tile.
     """
 
     card: ClassVar[Card] = Card(
@@ -61,16 +60,18 @@ class Trim(Method):
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
         "llava-1.5-7b@outliers": {"count": "outliers"},
         **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (192, 128, 64, 32)},
-        **{f"llava-next-7b@{count}": {"keep": count / 2880} for count in (640, 320, 160)},
+        **{f"llava-next-7b@{count}": {"per_tile": count // 5} for count in (640, 320, 160)},
     }
 
     keep: float = 0.21
     count: str = "keep"
+    per_tile: int = 0
     position_mode: Positions = "compact"
 
     def check(self) -> None:
         if self.count not in ("keep", "outliers"):
             raise MethodError(f"trim: count must be keep or outliers, not {self.count!r}")
+        check_per_tile("trim", self.per_tile)
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
         return {0: Needs(vision=(shape.feature_layer,), clip=True)}
@@ -78,21 +79,21 @@ class Trim(Method):
     def schedule(self, shape: Shape, n: int) -> list[int]:
         if self.count == "outliers":
             raise MethodError("trim: with count=outliers the count depends on the sample")
-        return [kept(n, self.keep)] * shape.layers
+        return [declared("trim", shape, n, self.keep, self.per_tile)] * shape.layers
 
     def work(self, shape: Shape, visual: int, text: int) -> dict[str, int]:
         """Nothing but what CLIP does."""
         return {}
 
     def reduce(self, step: Step) -> Reduction | None:
-        total = kept(step.total, self.keep)
-        if self.count == "keep" and total >= step.total:
+        found = shares(step, self.keep, self.per_tile, lambda: [len(area) for area in _areas(step)])
+        if self.count == "keep" and found is None:
             return None
+        areas = _areas(step)
         features = tower_features(step)
         away = -(step.clip.project(features) @ step.clip.question)
-        areas = [tile.tokens for tile in tiles(step) if len(tile.tokens)]
         chosen, carriers, means = [], [], []
-        for area, share in zip(areas, spread(total, [len(area) for area in areas]), strict=True):
+        for area, share in zip(areas, found or [0] * len(areas), strict=True):
             weight = away[area].softmax(0)
             share = share if self.count == "keep" else 1 + outliers(weight)
             lone = share >= len(area) or share < 2  # no room, or nothing left, for a mean
@@ -104,6 +105,10 @@ class Trim(Method):
                 carriers.append(area[mine[-1:]])
                 means.append(features[area[rest]].mean(0))
         return _appended(step, torch.cat(chosen), carriers, means)
+
+
+def _areas(step: Step) -> list[torch.Tensor]:
+    return [tile.tokens for tile in tiles(step) if len(tile.tokens)]
 
 
 def _appended(step: Step, chosen: torch.Tensor, carriers: list[torch.Tensor], means: list[torch.Tensor]) -> Reduction:

@@ -11,9 +11,9 @@ projector; the budget is split 54 : 10; the order is CLS, dominant, contextual, 
 
 Every image, tile and frame is zipped by itself and has a share of the budget by the tokens it has in the prompt;
 newlines go. In a sheet of several tiles (LLaVA-NeXT and its successors) the dominant tokens come first, in raster
-order, then the CLS tokens, then the contextual ones. The released code gives every tile the same share and may choose
-cells that only show padding. Here candidates are the tokens of the prompt; scores, keys and features of resampled or
-pooled tokens are resampled and pooled as the tokens are.
+order, then the CLS tokens, then the contextual ones. The released code gives every tile the same number (`per_tile`)
+and may choose cells that only show padding. Here candidates are the tokens of the prompt; scores, keys and features of
+resampled or pooled tokens are resampled and pooled as the tokens are.
 
 Where several cells become one token (InternVL, Qwen-VL) a token's score and key are the means over its cells, its
 contextual feature is merged cell by cell, and tokens stay in order, as ports to Qwen-VL have it (which also keep the
@@ -34,16 +34,17 @@ from pruneval.methods.base import (
     Reduction,
     Shape,
     Step,
-    kept,
     strongest,
     torch,
 )
-from pruneval.methods.salience import spread, tiles, token_salience, tower_features
+from pruneval.methods.salience import check_per_tile, declared, shares, tiles, token_salience, tower_features
 
 
 @dataclass(frozen=True)
 class VisionZip(Method):
-    """Keeps a fraction `keep` of each image's (or tile's) tokens, at least two: 54 of 64 dominant, 10 contextual."""
+    """Keeps a fraction `keep` of each image's (or tile's) tokens, at least two: 54 of 64 dominant, 10 contextual. With
+    `per_tile`, so many tokens of every tile instead of `keep`.
+    """
 
     card: ClassVar[Card] = Card(
         "visionzip",
@@ -61,36 +62,40 @@ class VisionZip(Method):
 
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
         **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (192, 128, 64, 32)},
-        **{f"llava-next-7b@{count}": {"keep": count / 2880} for count in (640, 320, 160)},
+        **{f"llava-next-7b@{count}": {"per_tile": count // 5} for count in (640, 320, 160)},
     }
 
     keep: float = 0.5
+    per_tile: int = 0
     position_mode: Positions = "compact"
+
+    def check(self) -> None:
+        check_per_tile("visionzip", self.per_tile)
 
     def needs(self, shape: Shape) -> dict[int, Needs]:
         return {0: Needs(vision=(shape.feature_layer,))}
 
     def schedule(self, shape: Shape, n: int) -> list[int]:
-        return [sum(split(n, self.keep))] * shape.layers
+        return [max(min(2, n), declared("visionzip", shape, n, self.keep, self.per_tile))] * shape.layers
 
     def reduce(self, step: Step) -> Reduction | None:
         view, layer, blocks = step.vision, step.shape.feature_layer, step.shape.merge > 1
         areas, score = [area.tokens for area in tiles(step)], token_salience(step).to(step.visual.device)
         own = [mine[:0] if step.shape.sheets else _before(mine, score) for mine in areas]
-        total = max(2, kept(step.total, self.keep))
-        if total >= step.total:
+        sizes = [len(mine) + len(token) for mine, token in zip(areas, own, strict=True)]
+        found = shares(step, max(self.keep, 2 / step.total), self.per_tile, lambda: sizes)
+        if found is None:
             return None
-        shares = spread(total, [len(mine) + len(token) for mine, token in zip(areas, own, strict=True)])
         cls, hidden = int(view.has_cls), view.hidden(layer)
         keys = view.to_tokens([attention.key.mean(0)[cls:] for attention in view.attention(layer)])
         features, group = tower_features(step), view.sheet_of() if step.shape.sheets else None
         zipped: dict[int, list[tuple[torch.Tensor, ...]]] = {}
-        for tile, (mine, token, share) in enumerate(zip(areas, own, shares, strict=True)):
+        for tile, (mine, token, share) in enumerate(zip(areas, own, found, strict=True)):
             contextual = among(share) if share < len(mine) + len(token) else 0
             new = int(bool(contextual and cls and not blocks and not len(token)))
             dominant = share - contextual - len(token) - new
-            found = choose(score[mine], keys[mine], features[mine], dominant, contextual)
-            part = torch.cat([token, mine[found[0]]]), mine[:new], hidden[tile][:new], mine[found[1]], found[2]
+            first, targets, merged = choose(score[mine], keys[mine], features[mine], dominant, contextual)
+            part = torch.cat([token, mine[first]]), mine[:new], hidden[tile][:new], mine[targets], merged
             if share:
                 zipped.setdefault(tile if group is None else int(group[mine[0]]), []).append(part)
         chosen: list[torch.Tensor] = []
@@ -124,12 +129,6 @@ class VisionZip(Method):
         back[order] = torch.arange(len(order), device=order.device)
         index = torch.tensor(slots, dtype=torch.long, device=order.device)
         return Reduction(keep[order], back[index], values, torch.tensor(added, dtype=torch.bool))
-
-
-def split(n: int, keep: float) -> tuple[int, int]:
-    """Dominant and contextual tokens of an image of `n` tokens; (n, 0) when it stays whole."""
-    total = max(2, kept(n, keep))
-    return (n, 0) if total >= n else (total - among(total), among(total))
 
 
 def among(total: int) -> int:

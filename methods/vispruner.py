@@ -28,6 +28,7 @@ class VisPruner(PerTile):
     """Keeps a fraction `keep` of each tile's tokens; of these the fraction `important` by attention (1 is FasterVLM).
 
     `newline` is drop or keep: beyond the budget, those of rows in which a token stays.
+    `per_tile`, if given, is how many of every tile stay.
     """
 
     card: ClassVar[Card] = Card(
@@ -43,7 +44,7 @@ class VisPruner(PerTile):
     )
     presets: ClassVar[dict[str, dict[str, str | int | float | bool]]] = {
         **{f"llava-1.5-7b@{count}": {"keep": count / 576} for count in (192, 128, 64, 32)},
-        **{f"llava-next-7b@{count}": {"keep": count / 2880} for count in (640, 320, 160)},
+        **{f"llava-next-7b@{count}": {"per_tile": count // 5} for count in (640, 320, 160)},
     }
 
     important: float = 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from steps import Rows, shape, step, vision
@@ -57,8 +59,8 @@ def test_published_counts(preset, count):
 @pytest.mark.parametrize("total, tile", [(640, 128), (320, 64), (160, 32), (145, 29)])
 def test_published_counts_of_llava_next(total, tile):
     method = methods.build("fastervlm", methods.method_class("fastervlm").presets[f"llava-next-7b@{total}"])
-    assert method.schedule(shape(), 2880) == [total] * 32
-    assert spread(total, [576] * 5) == [tile] * 5
+    assert method.per_tile == tile
+    assert method.schedule(replace(shape(), whole=((576, 576),) * 5), 2880) == [total] * 32
 
 
 def test_half_to_five_percent_of_576():

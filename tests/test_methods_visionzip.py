@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from steps import shape, step, vision
@@ -10,23 +12,20 @@ from pruneval import methods
 from pruneval.harness.session import pruned
 from pruneval.harness.subjects import subject, tiny
 from pruneval.methods.salience import spread
-from pruneval.methods.visionzip import among, merge, split
+from pruneval.methods.visionzip import among, merge
 
 
-@pytest.mark.parametrize(
-    "count, dominant, contextual", [(192, 162, 30), (128, 108, 20), (64, 54, 10), (32, 27, 5), (576, 576, 0)]
-)
+@pytest.mark.parametrize("count, dominant, contextual", [(192, 162, 30), (128, 108, 20), (64, 54, 10), (32, 27, 5)])
 def test_split_of_the_budget(count, dominant, contextual):
-    assert split(576, count / 576) == (dominant, contextual)
+    assert (count - among(count), among(count)) == (dominant, contextual)
     assert methods.build("visionzip", {"keep": count / 576}).schedule(shape(), 576) == [count] * 32
 
 
 @pytest.mark.parametrize("total", [640, 320, 160])
 def test_presets_of_llava_next(total):
-    presets = methods.method_class("visionzip").presets
-    assert methods.build("visionzip", presets[f"llava-next-7b@{total}"]).schedule(shape(), 2880) == [total] * 32
-    share = spread(total, [576] * 5)[0]
-    assert (share, among(share)) == (total // 5, {640: 20, 320: 10, 160: 5}[total])
+    method = methods.build("visionzip", methods.method_class("visionzip").presets[f"llava-next-7b@{total}"])
+    assert method.per_tile == total // 5 and among(total // 5) == {640: 20, 320: 10, 160: 5}[total]
+    assert method.schedule(replace(shape(), whole=((576, 576),) * 5), 2880) == [total] * 32
 
 
 def test_targets_are_evenly_spaced():
@@ -48,7 +47,7 @@ def test_ties_go_to_the_lowest_target():
 
 def test_cls_goes_first_and_has_an_origin_of_its_own():
     """Sixteen patches, eight tokens: seven dominant (CLS and six patches) and one contextual."""
-    assert split(16, 0.5) == (7, 1)
+    assert among(8) == 1
     features = torch.arange(17, dtype=torch.float64)[:, None] * 10
     row = torch.tensor([[0.9] + [0.01] * 16], dtype=torch.float64)
     row[0, 1 + torch.tensor([2, 3, 5, 7, 11, 13])] = 0.2

@@ -23,6 +23,7 @@ from pruneval.harness.adapters import Adapter, adapter_for
 from pruneval.harness.cli import main
 from pruneval.harness.errors import UserError
 from pruneval.harness.session import pruned
+from pruneval.methods.base import MethodError
 from pruneval.methods.bottleneck import fresh
 
 LLAVA, NEXT, OV = "llava-1.5-7b", "llava-next-7b", "llava-ov-7b"
@@ -316,6 +317,34 @@ def test_realised_on_random_models(name, model, tmp_path):
     whole = replace(session.shape, whole=((729,) * 2 if model == OV else (576,) * 2,) * (1 if model == LLAVA else 5))
     if name not in ("gprune", "flowcut"):  # these two count newlines in
         assert method.schedule(whole, visual) == runs(llm)
+
+
+PER_TILE = [name for name in TABLE if "per_tile" in methods.method_class(name).__dataclass_fields__]
+
+
+@pytest.mark.parametrize("tall, tiles", [(2, 5), (1, 3)])
+@pytest.mark.parametrize("name", PER_TILE)
+def test_papers_count_tokens_of_tiles(name, tall, tiles):
+    """The papers' "320" of LLaVA-NeXT: 64 of each tile, newlines or not, however many tiles and how much padding."""
+    preset = methods.method_class(name).presets[f"{NEXT}@320"]
+    one, inputs = adapter(NEXT), prompt(NEXT)
+    if tiles == 3:  # 288 x 672 in two crops of 336 x 336: two rows of cells above, and below, show nothing
+        size = (288, 672)
+        count = 576 + 20 * 49
+        ids = torch.tensor([[1, 10, 11, *[subjects.IMAGE] * count, 20, 21, 22]])
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": inputs["pixel_values"][:, :3],
+            "image_sizes": torch.tensor([size]),
+        }
+    with torch.no_grad(), pruned(one.model, methods.build(name, preset), adapter=one) as session:
+        one.model(**inputs, logits_to_keep=1)
+    assert session.trace.budget(0).per_layer == [64 * tiles] * 32
+    with pytest.raises(MethodError, match="per_tile must be a number of tokens"):
+        methods.build(name, {"per_tile": -1})
+    with pytest.raises(MethodError, match="depends on how many tiles"):
+        methods.build(name, preset).schedule(one.shape, 2928)
 
 
 @pytest.mark.parametrize("name, count", [("flowcut", 16), ("tome", 16), ("resize", 16), ("avgpool", 16)])
