@@ -8,6 +8,7 @@ the left, pixels one after another, exactly as the processor does with several q
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -119,7 +120,7 @@ class Preparing:
             if len(new) > 1 and not any(paths for _, _, paths in chats):
                 texts, images, _ = zip(*chats, strict=True)
                 for request, made in zip(new, together(self.loaded.processor, texts, images) or (), strict=False):
-                    request.prepared = self._kept(request, lambda made=made: made)
+                    request.prepared = self._kept(request, functools.partial(_itself, made))
         for request in window:
             try:
                 self.of(request)
@@ -138,6 +139,10 @@ class Preparing:
 
     def _key(self, request: Any) -> Hashable:
         return request.data, request.key, request.digest, self.frames
+
+
+def _itself(made: Prepared) -> Prepared:
+    return made
 
 
 def prepare(processor: Any, text: str, images: Sequence[Any], clips: Sequence[Clip], model: str = "") -> Prepared:

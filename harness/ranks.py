@@ -33,7 +33,6 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 """What a launcher tells a process; taken away once read, as lmms-eval would divide the questions by them again."""
 PATIENCE = timedelta(days=7)
 """How long a process waits for the slowest."""
-
 PARTING = 30.0
 """Seconds that a process waits for its end when another one died."""
 
@@ -96,8 +95,8 @@ class Ranks:
         """What `work` gives in the first process, or what it raised there, for all of them."""
         if self.count == 1:
             return work()
-        value, trouble = _tried(work) if self.first else (None, None)
-        value, trouble = self.all((value, _portable(trouble)), step)[0]
+        mine: tuple[Any, BaseException | None] = _tried(work) if self.first else (None, None)
+        value, trouble = self.all((mine[0], _portable(mine[1])), step)[0]
         if trouble is not None:
             raise trouble
         return value
@@ -106,8 +105,8 @@ class Ranks:
         """What `work` gives here; the first process does it before the others, which find what it has left."""
         if self.count == 1:
             return work()
-        first = self.agree(lambda: work() if self.first else None, f"{step}, the first")
-        others = self.agree(lambda: None if self.first else work(), f"{step}, the others")
+        first: Any = self.agree(lambda: work() if self.first else None, f"{step}, the first")
+        others: Any = self.agree(lambda: None if self.first else work(), f"{step}, the others")
         return first if self.first else others
 
     def share(self, items: Sequence[T]) -> list[T]:

@@ -159,10 +159,13 @@ class Journal:
         self.path = first.with_suffix(f".{process}{first.suffix}") if process else first
         self._all = f"{first.stem}*{first.suffix}"
 
+    def files(self) -> list[Path]:
+        """Those that are there, of all processes."""
+        return sorted(self.path.parent.glob(self._all))
+
     def answers(self) -> dict[str, dict[str, Any]]:
         """The rows by their key; of two with the same key, the later."""
-        files = sorted(self.path.parent.glob(self._all))
-        lines = [line for file in files for line in file.read_bytes().split(b"\n")[:-1]]
+        lines = [line for file in self.files() for line in file.read_bytes().split(b"\n")[:-1]]
         rows: dict[str, dict[str, Any]] = {}
         for line in lines:
             try:
@@ -187,7 +190,7 @@ class Journal:
 
     def remove(self) -> None:
         """Forget the answers of all; the record holds them now."""
-        for file in self.path.parent.glob(self._all):
+        for file in self.files():
             file.unlink(missing_ok=True)
 
 

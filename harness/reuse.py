@@ -179,7 +179,7 @@ class _Encoder:
     def _find(self, reading: str, look: Look, function: Any, arguments: dict[str, Any]) -> tuple[Any, Seen]:
         parts = None if reading in self.whole else _parts(arguments)
         keys = [_key(self.name + reading, part) for part in parts or [arguments]]
-        found = {key: self.features.find(key) for key in keys}
+        found: dict[str, Any] = {key: self.features.find(key) for key in keys}
         missing = {key: place for place, key in reversed(list(enumerate(keys))) if found[key] is None}
         if not missing:
             self.features.hits += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pruneval.harness.errors import UserError
-from pruneval.harness.records import JOURNAL, RecordError, RunRecord, claim, read_record, read_samples
+from pruneval.harness.records import Journal, RecordError, RunRecord, claim, read_record, read_samples
 
 DESCRIPTION = """\
 list: every cell of a results folder, with its state and score. show: one cell in full. diff: what differs between two
@@ -59,7 +59,7 @@ def states(out: Path) -> Iterator[tuple[Path, str, RunRecord | None]]:
             continue
         if record is not None:
             yield folder, record.status, record
-        elif (folder / JOURNAL).exists():
+        elif Journal(folder).files():
             yield folder, "unfinished", None
 
 

@@ -122,10 +122,10 @@ def plans(
         here, dtype_name, kernel = models.resolve(located.entry, "cpu" if elsewhere else device, wished, None)
         plan = Plan(located, elsewhere or here, dtype_name, kernel)
         built = _methods(study, plan)
+        asked = study.asked(pocket=bool(located.entry.packaged))
         plan.cells = run.expand(
-            located, built, study.asked(located.entry.packaged), limit=study.limit, seed=study.seed, dtype=plan.dtype,
-            kernel=plan.kernel,
-        )  # fmt: skip
+            located, built, asked, limit=study.limit, seed=study.seed, dtype=plan.dtype, kernel=plan.kernel
+        )
         made.append(plan)
     return made
 
