@@ -204,8 +204,10 @@ class Method:
 
     @property
     def params(self) -> dict[str, Any]:
-        """Every parameter with its value."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        """Every parameter with its value, without options that are off."""
+        named = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        off = {item.name: item.default for item in dataclasses.fields(self) if item.metadata.get("option")}
+        return {name: value for name, value in named.items() if name not in off or value != off[name]}
 
     @property
     def given(self) -> dict[str, Any]:
@@ -220,6 +222,11 @@ class Method:
             for name, value in self.params.items()
         )
         return f"{self.card.name}({inner})" if inner else self.card.name
+
+
+def option(default: Any) -> Any:
+    """A parameter that is no part of a method's signature while it has its default: added later, results stay valid."""
+    return dataclasses.field(default=default, metadata={"option": True})
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pruneval.methods.base import (
     Shape,
     Step,
     kept,
+    option,
     strongest,
     torch,
 )
@@ -53,7 +54,7 @@ class PerTile(Method):
     """
 
     keep: float = 0.5
-    per_tile: int = 0
+    per_tile: int = option(0)
     newline: Literal["drop", "keep"] = "drop"
     position_mode: Positions = "compact"
 

@@ -31,6 +31,7 @@ from pruneval.methods.base import (
     Reduction,
     Shape,
     Step,
+    option,
     strongest,
     torch,
 )
@@ -65,7 +66,7 @@ class Trim(Method):
 
     keep: float = 0.21
     count: str = "keep"
-    per_tile: int = 0
+    per_tile: int = option(0)
     position_mode: Positions = "compact"
 
     def check(self) -> None:

@@ -34,6 +34,7 @@ from pruneval.methods.base import (
     Reduction,
     Shape,
     Step,
+    option,
     strongest,
     torch,
 )
@@ -66,7 +67,7 @@ class VisionZip(Method):
     }
 
     keep: float = 0.5
-    per_tile: int = 0
+    per_tile: int = option(0)
     position_mode: Positions = "compact"
 
     def check(self) -> None:

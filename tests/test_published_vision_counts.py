@@ -341,6 +341,8 @@ def test_papers_count_tokens_of_tiles(name, tall, tiles):
     with torch.no_grad(), pruned(one.model, methods.build(name, preset), adapter=one) as session:
         one.model(**inputs, logits_to_keep=1)
     assert session.trace.budget(0).per_layer == [64 * tiles] * 32
+    assert "per_tile=64" in methods.build(name, preset).signature
+    assert "per_tile" not in methods.build(name).signature
     with pytest.raises(MethodError, match="per_tile must be a number of tokens"):
         methods.build(name, {"per_tile": -1})
     with pytest.raises(MethodError, match="depends on how many tiles"):
