@@ -70,7 +70,7 @@ VALUES: tuple[Any, ...] = (
     10**12,
     math.nan,
     True,
-    "long " * 4000,
+    "long " * 1000,
     [],
     [None],
     {},
