@@ -69,7 +69,7 @@ class _Request:
         return digest(self.context + json.dumps(self.options, sort_keys=True, default=str))
 
 
-def manifest():
+def manifest() -> Any:
     """The registration payload of the entry point group `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -250,7 +250,7 @@ class PrunevalModel(lmms):
         model = getattr(self.loaded, "model", None)
         return nullcontext() if model is None or shared(model) else serving(model, memory=WITHIN, disk=0)
 
-    def _session(self):
+    def _session(self) -> Any:
         if self.method is None:
             return nullcontext(None)
         from pruneval.harness.models import adapter_of

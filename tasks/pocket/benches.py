@@ -6,6 +6,8 @@ Every maker takes (seed, number of questions) and returns its tables as lists of
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from pruneval.tasks.pocket import prompts
@@ -29,7 +31,7 @@ def mme(seed: int, number: int) -> Tables:
         category = PAIR_CATEGORIES[MME_ORDER[index % len(MME_ORDER)]]
         # Splits alternate by round of categories, so that every category has both.
         turn = index // len(MME_ORDER)
-        scene, questions = until(stream(seed, "mme", index), turn, lambda s, r, c=category: pair(s, r, c))
+        scene, questions = until(stream(seed, "mme", index), turn, functools.partial(pair, category=category))
         for question in questions:
             rows.append(
                 {
@@ -73,12 +75,13 @@ def pope(seed: int, number: int) -> Tables:
 
 def gqa(seed: int, number: int) -> Tables:
     """An image table, and for each image one question of every skill."""
-    images, rows = [], []
+    images: list[Row] = []
+    rows: list[Row] = []
     for index in range(-(-number // len(GQA_SKILLS))):
 
         def all_skills(scene: Scene, rng: np.random.Generator) -> list[Question] | None:
-            asked = [ask(scene, rng, skill) for skill in GQA_SKILLS]
-            return None if None in asked else asked
+            asked = [found for skill in GQA_SKILLS if (found := ask(scene, rng, skill)) is not None]
+            return asked if len(asked) == len(GQA_SKILLS) else None
 
         scene, questions = until(stream(seed, "gqa", index), index, all_skills)
         image = f"n{index:06d}"
@@ -93,7 +96,7 @@ def scienceqa(seed: int, number: int) -> Tables:
     for index in range(number):
         skill = SCIENCE_SKILLS[index % len(SCIENCE_SKILLS)]
         rng = stream(seed, "scienceqa", index)
-        scene, question = until(rng, index, lambda s, r, skill=skill: ask(s, r, skill))
+        scene, question = until(rng, index, functools.partial(ask, skill=skill))
         question = choose(question, rng)
         right = question.choices[question.letter_index]
         rows.append(

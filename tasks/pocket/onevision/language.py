@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ NEAR = 32
 """Tokens that are kept where only the view of the whole is shown."""
 
 Log = Callable[[dict[str, Any]], None]
-Model = LlavaOnevisionForConditionalGeneration
+Model: TypeAlias = LlavaOnevisionForConditionalGeneration
 
 
 @dataclass
