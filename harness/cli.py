@@ -153,8 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     if not argv or argv[0] not in SHARED:
         return _main(argv)
-    with ranks.quiet_unless_first(ranks.here()):
-        return _main(argv)
+    member = ranks.here()
+    with ranks.quiet_unless_first(member):
+        code = _main(argv)
+    return ranks.ended(member, code)
 
 
 def _main(argv: list[str]) -> int:
@@ -171,8 +173,7 @@ def _main(argv: list[str]) -> int:
             grammar.print_help()
             return 0
         out = args.out if args.command in ("eval", "report") else out
-        if args.command in SHARED and args.processes > 1 and ranks.here().count == 1 and not args.dry_run:
-            return ranks.launch(argv, args.processes)
+        args.argv = argv
         if args.command in MODULES:
             return int(import_module(MODULES[args.command][0]).main(args))
         return {"eval": _eval, "list": _list}[args.command](args)
@@ -221,10 +222,13 @@ def _eval(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out} is not a folder")
     located = models.locate(args.model)
     member = ranks.here()
+    starts = args.processes > 1 and member.count == 1
     if args.suite and located.entry.packaged and (pocket := list(pocket_suite(args.suite))) != names:
         names = pocket
         print(f"{located.entry.name} knows the pocket world only: {args.suite} in its pocket editions", file=sys.stderr)
-    device, dtype, kernel = models.resolve(located.entry, ranks.device(args.device), args.dtype, args.kernel)
+    device, dtype, kernel = models.resolve(
+        located.entry, ranks.device(args.device, args.processes), args.dtype, args.kernel
+    )
     source = (
         str(located.folder) if located.folder and located.entry.name not in dimensions.names() else located.entry.name
     )
@@ -241,6 +245,8 @@ def _eval(args: argparse.Namespace) -> int:
     if args.dry_run:
         print("\n".join(plan.plan(cells, args.out)))
         return 0
+    if starts:
+        return ranks.launch(args.argv, args.processes)
     records, missed = run.run_cells(
         cells, args.out, lambda: models.load(located, device, dtype, kernel), batch_size=args.batch_size, ranks=member
     )

@@ -134,20 +134,29 @@ def here() -> Ranks:
     return Ranks(state.process_index, state.num_processes, local)
 
 
-def device(asked: str | None) -> str | None:
-    """The device of this process: its own GPU, unless the CPU was asked for. Raises: UserError."""
-    ranks = here()
-    if ranks.count == 1 or asked == "cpu":
-        return asked
-    import torch
+def device(asked: str | None, processes: int) -> str | None:
+    """The device of this process: its own GPU, unless the CPU was asked for.
 
+    Args:
+        asked: what the user named.
+        processes: how many there are, or will be.
+
+    Raises: UserError when they can't have a GPU each.
+    """
+    member = here()
+    count = max(member.count, processes)
+    if count == 1 or asked == "cpu":
+        return asked
     if asked not in (None, "cuda"):
         raise UserError(f"several processes take a GPU each: --device cuda or cpu, not {asked!r}")
-    if not torch.cuda.is_available():
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
         return asked
-    if ranks.local >= torch.cuda.device_count():
-        raise UserError(f"process {ranks.local} has no GPU: torch sees {torch.cuda.device_count()} here")
-    return f"cuda:{ranks.local}"
+    if member.local >= there or (member.count == 1 and count > there):
+        raise UserError(f"{count} processes take a GPU each, and torch sees {there}; --device cpu shares the CPU")
+    return f"cuda:{member.local}"
 
 
 @contextlib.contextmanager
@@ -204,7 +213,7 @@ def _died(number: int, how: str) -> str:
 
 
 def join(number: int, arguments: list[str], count: int, port: int) -> None:
-    """Runs a command as one of the processes; the first one's exit code is the worst of all."""
+    """Runs a command as one of the processes."""
     known = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in known.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -213,17 +222,32 @@ def join(number: int, arguments: list[str], count: int, port: int) -> None:
     from pruneval.harness import cli
 
     asked = os.environ.get("OMP_NUM_THREADS")
-    ranks = here()
+    here()
     torch.set_num_threads(int(asked or max(1, (os.cpu_count() or 1) // count)))
     try:
         code = cli.main(arguments)
-        worst = max(ranks.all(code, "end"))
     except Lost:
         time.sleep(PARTING)  # until it is known who died
         raise
+    sys.exit(code)
+
+
+def ended(ranks: Ranks, code: int) -> int:
+    """The exit code of a process whose command has ended with `code`: the first one's is the worst of all."""
+    if ranks.count == 1:
+        return code
+    worst = max(ranks.all(code, "end"))
     sys.stdout.flush()
-    torch.distributed.destroy_process_group()  # in step: at an exit that is not, gloo aborts
-    sys.exit(worst if ranks.first else 0)
+    part(ranks)
+    return worst if ranks.first else 0
+
+
+def part(ranks: Ranks) -> None:
+    """Leaves the others, in step: at an exit that is not, gloo aborts."""
+    import torch
+
+    ranks.all(None, "part")
+    torch.distributed.destroy_process_group()
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:

@@ -81,8 +81,12 @@ def main(args: argparse.Namespace) -> int:
             args.device = device_of(ray, args.device)
             plans = study.plans(read, dtype=args.dtype, elsewhere=args.device)
             return _dry(plans, args.out) if args.dry_run else _on_ray(plans, args, ray)
-    plans = study.plans(read, device=ranks.device(args.device), dtype=args.dtype)
-    return _dry(plans, args.out) if args.dry_run else max(_run(plan, args) for plan in plans)
+    plans = study.plans(read, device=ranks.device(args.device, args.processes), dtype=args.dtype)
+    if args.dry_run:
+        return _dry(plans, args.out)
+    if args.processes > 1 and ranks.here().count == 1:
+        return ranks.launch(args.argv, args.processes)
+    return max(_run(plan, args) for plan in plans)
 
 
 def _dry(plans: Sequence[Any], out: Path) -> int:

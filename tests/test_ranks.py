@@ -89,6 +89,7 @@ def _exchange(number: int, arguments: list[str], count: int, port: int) -> None:
     found["in turn"] = me.in_turn(lambda: (path.exists(), path.touch())[0], "turn")
     found["step"] = raised(lambda: me.all(0, f"step of {me.number}"))
     (Path(arguments[0]) / str(number)).write_text(json.dumps(found))
+    ranks.part(me)
 
 
 def _stop() -> None:
@@ -199,14 +200,28 @@ def test_a_sample_that_fails_in_one_process_fails_the_cell(tmp_path):
         (["eval", "--method", "fastv", "--processes", "2", "--device", "cuda:1"], "several processes take a GPU each"),
     ],
 )
-def test_bad_input_is_one_line(given, message, capfd):
+def test_bad_input_is_one_line_before_anything_starts(given, message, capsys, monkeypatch):
+    monkeypatch.setattr(ranks, "launch", lambda *_: pytest.fail("processes were started"))
     assert cli.main(given) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("pruneval: error")]
-    assert len(lines) == 1 and message in lines[0]
+    assert capsys.readouterr().err.startswith(f"pruneval: error: {message}")
 
 
-def test_ray_and_processes_exclude_each_other(tmp_path, capfd):
+@pytest.mark.parametrize(("gpus", "count", "found"), [(0, 2, None), (2, 2, "cuda:0"), (1, 2, UserError)])
+def test_every_process_has_a_gpu(gpus, count, found, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert ranks.device("cpu", count) == "cpu"
+    if found is UserError:
+        with pytest.raises(UserError, match="2 processes take a GPU each, and torch sees 1"):
+            ranks.device(None, count)
+        return
+    assert ranks.device(None, count) == found
+    monkeypatch.setattr(ranks, "here", lambda: Ranks(1, 2, 1))
+    assert ranks.device(None, count) == (found and "cuda:1")
+
+
+def test_ray_and_processes_exclude_each_other(tmp_path, capsys):
     study = tmp_path / "study.yaml"
     study.write_text("models: [pocket-llava]\nmethods: [random]\nbudgets: [{keep: 0.5}]\nsuites: [smoke]\n")
     assert cli.main(["sweep", str(study), "--engine", "ray", "--processes", "2"]) == 2
-    assert "--processes is for the serial engine; ray has --workers" in capfd.readouterr().err
+    assert "--processes is for the serial engine; ray has --workers" in capsys.readouterr().err
