@@ -225,10 +225,11 @@ def _eval(args: argparse.Namespace) -> int:
     starts = args.processes > 1 and member.count == 1
     if args.suite and located.entry.packaged and (pocket := list(pocket_suite(args.suite))) != names:
         names = pocket
-        print(f"{located.entry.name} knows the pocket world only: {args.suite} in its pocket editions", file=sys.stderr)
-    device, dtype, kernel = models.resolve(
-        located.entry, ranks.device(args.device, args.processes), args.dtype, args.kernel
-    )
+        told = f"{located.entry.name} knows the pocket world only: {args.suite} in its pocket editions"
+        if not starts:
+            print(told, file=sys.stderr)
+    place = ranks.device(args.device, args.processes)
+    device, dtype, kernel = models.resolve(located.entry, place, args.dtype, args.kernel)
     source = (
         str(located.folder) if located.folder and located.entry.name not in dimensions.names() else located.entry.name
     )
