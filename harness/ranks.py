@@ -11,6 +11,7 @@ one process: the questions are divided in `lmms_model.py`, and answers go to the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pruneval.harness.errors import UserError
 
@@ -225,29 +226,33 @@ def join(number: int, arguments: list[str], count: int, port: int) -> None:
     here()
     torch.set_num_threads(int(asked or max(1, (os.cpu_count() or 1) // count)))
     try:
-        code = cli.main(arguments)
+        cli.main(arguments)  # ends the process
     except Lost:
         time.sleep(PARTING)  # until it is known who died
         raise
-    sys.exit(code)
 
 
 def ended(ranks: Ranks, code: int) -> int:
-    """The exit code of a process whose command has ended with `code`: the first one's is the worst of all."""
-    if ranks.count == 1:
-        return code
-    worst = max(ranks.all(code, "end"))
-    sys.stdout.flush()
-    part(ranks)
-    return worst if ranks.first else 0
+    """The exit code of a command that has ended with `code`; of several processes, each ends here.
+
+    The first one's exit code is the worst of all.
+    """
+    if ranks.count > 1:
+        worst = max(ranks.all(code, "end"))
+        leave(ranks, worst if ranks.first else 0)
+    return code
 
 
-def part(ranks: Ranks) -> None:
-    """Leaves the others, in step: at an exit that is not, gloo aborts."""
+def leave(ranks: Ranks, code: int) -> NoReturn:
+    """Ends this process, in step with the others."""
     import torch
 
-    ranks.all(None, "part")
+    ranks.all(None, "leave")
     torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads abort the interpreter's own end now and then
 
 
 def _tried(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:

@@ -89,7 +89,7 @@ def _exchange(number: int, arguments: list[str], count: int, port: int) -> None:
     found["in turn"] = me.in_turn(lambda: (path.exists(), path.touch())[0], "turn")
     found["step"] = raised(lambda: me.all(0, f"step of {me.number}"))
     (Path(arguments[0]) / str(number)).write_text(json.dumps(found))
-    ranks.part(me)
+    ranks.leave(me, 0)
 
 
 def _stop() -> None:
