@@ -172,6 +172,8 @@ class PrunevalModel(lmms):
         """Answers requests; of several processes all go about equally fast, so one speaks for all."""
         if not waiting:
             return
+        left = len(waiting)
+        most = total if self.ranks.count == 1 else total - 1  # the others may not be done
         with ExitStack() as stack:
             stack.enter_context(self._sharing())
             session = stack.enter_context(self._session())
@@ -180,8 +182,7 @@ class PrunevalModel(lmms):
                 self.rows.update((row["key"], row) for row in rows)
                 if self.journal is not None:
                     self.journal.append(rows)
-                left = sum(request.key not in self.rows for request in waiting)
-                most = total if self.ranks.count == 1 else total - 1  # the others may not be done
+                left -= len(batch)
                 self.on_progress(min(most, max(0, total - left * self.ranks.count)), total)
                 interrupt.obey()
 

@@ -190,18 +190,18 @@ class _Encoder:
             asked = {name: _chosen(value, places) for name, value in arguments.items()}
         out, seen = look(lambda: function(**self._named(asked)))
         made = _kept(out), seen
-        if parts is None:
-            self.features.misses += 1
-            self.features.put(keys[0], made)
-            return made
-        each = _split(made, len(places))
+        each = None if parts is None else _split(made, len(places))
         if each is None:
-            self.whole.add(reading)
-            return self._find(reading, look, function, arguments)
+            if parts is not None:
+                self.whole.add(reading)
+            if asked is not arguments:  # it was not the whole call
+                return self._find(reading, look, function, arguments)
+            self.features.put(_key(self.name + reading, arguments), made)
+        else:
+            for place, value in zip(places, each, strict=True):
+                found[keys[place]] = value
+                self.features.put(keys[place], value)
         self.features.misses += 1
-        for place, value in zip(places, each, strict=True):
-            found[keys[place]] = value
-            self.features.put(keys[place], value)
         return made if len(places) == len(keys) else _joined([found[key] for key in keys])
 
     def _named(self, arguments: dict[str, Any]) -> dict[str, Any]:

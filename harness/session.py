@@ -168,8 +168,9 @@ class Session:
         original = getattr(inner, name, None)
         if original is None:
             return
-        store = None if self._changes_tower() else getattr(original, "encoder", None)
-        function = getattr(original, "uncached", original) if self._looks_inside() else original
+        inside = self._looks_inside()
+        store = getattr(original, "encoder", None) if inside and not self._changes_tower() else None
+        function = getattr(original, "uncached", original) if inside else original
         signature = inspect.signature(original)
 
         @functools.wraps(original)  # generate reads the signature to know what to pass
@@ -180,7 +181,7 @@ class Session:
             arguments = signature.bind(*args, **kwargs).arguments
             self.towers.begin(self.kind, arguments)
             try:
-                if store is not None and self._looks_inside():
+                if store is not None:
                     out, seen = store.seen(self._reading(), self._look, arguments)
                 else:
                     out, seen = self._look(lambda: function(*args, **kwargs))

@@ -7,9 +7,9 @@ tokens of Video-LLaVA's frames stand for no cell: they are not ranked, and go un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pruneval.methods.base import (
     Attention,
@@ -26,6 +26,8 @@ from pruneval.methods.base import (
     torch,
 )
 
+Part = TypeVar("Part", bound=Sized)
+
 
 @dataclass(frozen=True)
 class Area:
@@ -38,6 +40,9 @@ class Area:
 
     tokens: torch.Tensor
     columns: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
     @property
     def rows(self) -> int:
@@ -82,15 +87,14 @@ class PerTile(Method):
         return [tile.tokens[strongest(score[tile.tokens], share)] for tile, share in shares]
 
     def reduce(self, step: Step) -> Reduction | None:
-        found = shares(step, self.keep, self.per_tile, lambda: [len(tile.tokens) for tile in tiles(step)])
+        found = shares(step, self.keep, self.per_tile, lambda: tiles(step))
         if found is None:
             return None
-        areas = tiles(step)
-        chosen = torch.cat(self.choose(step, list(zip(areas, found, strict=True))))
+        chosen = torch.cat(self.choose(step, found))
         if self.newline == "keep" and step.shape.sheets:
             return step.keep(torch.cat([chosen, newlines_of(step, chosen)]))
         ranked = torch.zeros(step.total, dtype=torch.bool, device=chosen.device)
-        ranked[torch.cat([tile.tokens for tile in areas])] = True
+        ranked[torch.cat([tile.tokens for tile, _ in found])] = True
         room = (~ranked).nonzero().squeeze(-1)[: 0 if self.per_tile else kept(step.total, self.keep) - len(chosen)]
         return step.keep(torch.cat([chosen, room]))
 
@@ -113,21 +117,23 @@ def declared(name: str, shape: Shape, n: int, keep: float, per_tile: int) -> int
     return sum(min(per_tile, tokens) for _, tokens in shape.whole or ((n, n),))
 
 
-def shares(step: Step, keep: float, per_tile: int, sizes: Callable[[], list[int]]) -> list[int] | None:
-    """How many tokens stay of each tile; None when all of them do, for which the tower need not be looked at.
+def shares(
+    step: Step, keep: float, per_tile: int, areas: Callable[[], Sequence[Part]]
+) -> list[tuple[Part, int]] | None:
+    """The tiles, with how many of their tokens stay; None when all do, for which the tower need not be looked at.
 
     Args:
         step: the boundary.
         keep: the fraction of the prompt's visual tokens that stays, shared out by the tiles' tokens.
         per_tile: if not 0, so many of each tile instead, as far as it has them.
-        sizes: gives the tokens of each tile.
+        areas: gives the tiles, each as long as it has tokens.
     """
-    if per_tile:
-        there = sizes()
-        found = [min(per_tile, size) for size in there]
-        return None if found == there else found
-    count = kept(step.total, keep)
-    return None if count >= step.total else spread(count, sizes())
+    if not per_tile and kept(step.total, keep) >= step.total:
+        return None
+    found = areas()
+    sizes = [len(area) for area in found]
+    counts = [min(per_tile, size) for size in sizes] if per_tile else spread(kept(step.total, keep), sizes)
+    return None if per_tile and counts == sizes else list(zip(found, counts, strict=True))
 
 
 def salience(attention: Attention, cls: bool) -> torch.Tensor:

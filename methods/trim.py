@@ -87,16 +87,20 @@ class Trim(Method):
         return {}
 
     def reduce(self, step: Step) -> Reduction | None:
-        found = shares(step, self.keep, self.per_tile, lambda: [len(area) for area in _areas(step)])
-        if self.count == "keep" and found is None:
+        free = self.count == "outliers"
+        found = (
+            [(area, 0) for area in _areas(step)]
+            if free
+            else shares(step, self.keep, self.per_tile, lambda: _areas(step))
+        )
+        if found is None:
             return None
-        areas = _areas(step)
         features = tower_features(step)
         away = -(step.clip.project(features) @ step.clip.question)
         chosen, carriers, means = [], [], []
-        for area, share in zip(areas, found or [0] * len(areas), strict=True):
+        for area, share in found:
             weight = away[area].softmax(0)
-            share = share if self.count == "keep" else 1 + outliers(weight)
+            share = 1 + outliers(weight) if free else share
             lone = share >= len(area) or share < 2  # no room, or nothing left, for a mean
             mine = strongest(weight, share - (not lone))
             chosen.append(area[mine])

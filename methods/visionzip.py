@@ -83,16 +83,16 @@ class VisionZip(Method):
         view, layer, blocks = step.vision, step.shape.feature_layer, step.shape.merge > 1
         areas, score = [area.tokens for area in tiles(step)], token_salience(step).to(step.visual.device)
         own = [mine[:0] if step.shape.sheets else _before(mine, score) for mine in areas]
-        sizes = [len(mine) + len(token) for mine, token in zip(areas, own, strict=True)]
-        found = shares(step, max(self.keep, 2 / step.total), self.per_tile, lambda: sizes)
+        complete = [torch.cat(both) for both in zip(own, areas, strict=True)]
+        found = shares(step, max(self.keep, 2 / step.total), self.per_tile, lambda: complete)
         if found is None:
             return None
         cls, hidden = int(view.has_cls), view.hidden(layer)
         keys = view.to_tokens([attention.key.mean(0)[cls:] for attention in view.attention(layer)])
         features, group = tower_features(step), view.sheet_of() if step.shape.sheets else None
         zipped: dict[int, list[tuple[torch.Tensor, ...]]] = {}
-        for tile, (mine, token, share) in enumerate(zip(areas, own, found, strict=True)):
-            contextual = among(share) if share < len(mine) + len(token) else 0
+        for tile, (mine, token, (both, share)) in enumerate(zip(areas, own, found, strict=True)):
+            contextual = among(share) if share < len(both) else 0
             new = int(bool(contextual and cls and not blocks and not len(token)))
             dominant = share - contextual - len(token) - new
             first, targets, merged = choose(score[mine], keys[mine], features[mine], dominant, contextual)
